@@ -1,0 +1,1 @@
+"""Recipes by name, installed as `t2v_ds.configs`."""

@@ -1,0 +1,318 @@
+"""`t2v VERB`: the one place where flags become settings, and the only one that prints.
+
+    flags + --config YAML + key=value -> a config dataclass -> the stage's function
+
+A mistake that the user can mend ends with one sentence and exit code 2; anything else is a bug and shows its traceback.
+Only light modules are imported here: worker processes import this file again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import errno
+import inspect
+import json
+import logging
+import os
+import re
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from t2v_ds.config import (
+    DemoConfig,
+    PrepareConfig,
+    SamplingConfig,
+    TokenizeConfig,
+    TransformerRunConfig,
+    VQVAERunConfig,
+    load_config,
+    resolve_recipe,
+)
+from t2v_ds.errors import ConfigError, UserError, nearest
+
+
+@dataclass(frozen=True)
+class Flag:
+    """`--name VALUE`, a short way to write the setting of the same name."""
+
+    name: str
+    help: str
+    metavar: str = "DIR"
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A subcommand."""
+
+    summary: str
+    description: str
+    example: str
+    config: type[Any] | None
+    flags: tuple[Flag, ...]
+    run: Callable[[Any, argparse.Namespace], None]
+    recipe: str = ""  # used when --config is not given
+
+
+def _prepare(config: PrepareConfig, _: argparse.Namespace) -> None:
+    from t2v_ds.data.prepare import prepare
+
+    manifest = prepare(config)
+    print(f"{config.out}: {manifest.total_clips} clips, {manifest.total_frames} frames, {len(manifest.shards)} shards")
+    for reason, count in sorted(manifest.rejected.items()):
+        print(f"  rejected, {reason}: {count} (listed in {config.out}/rejected.jsonl)")
+
+
+def _train_vqvae(config: VQVAERunConfig, _: argparse.Namespace) -> None:
+    from t2v_ds.training.health import install_stop_signals
+
+    install_stop_signals()  # before torch is imported: a signal in those seconds must not kill the run
+    from t2v_ds.training.run import train_vqvae
+
+    _print_metrics(config.out, train_vqvae(config))
+
+
+def _train_transformer(config: TransformerRunConfig, _: argparse.Namespace) -> None:
+    from t2v_ds.training.health import install_stop_signals
+
+    install_stop_signals()
+    from t2v_ds.training.run import train_transformer
+
+    _print_metrics(config.out, train_transformer(config))
+
+
+def _print_metrics(out: str, metrics: dict[str, float]) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in sorted(metrics.items()) if not name.startswith("performance/"))
+        print(f"{out}: {shown}")
+
+
+def _tokenize(config: TokenizeConfig, _: argparse.Namespace) -> None:
+    from t2v_ds.tokenize import tokenize
+
+    manifest = tokenize(config)
+    print(f"{config.out}: {manifest.total_clips} clips, {manifest.total_frames} frames, tokenizer {manifest.tokenizer_id}")
+
+
+def _generate(config: SamplingConfig, flags: argparse.Namespace) -> None:
+    if not flags.model:
+        raise ConfigError("--model is not given; name the folder that t2v train-transformer wrote")
+    prompts = flags.prompt or []
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise ConfigError("--prompt is empty; describe a clip, such as --prompt 'a red circle moves right'")
+    from t2v_ds.generate import check_outputs, generate_files
+
+    check_outputs(flags.out, flags.sheet)  # before minutes of drawing
+    import torch
+
+    from t2v_ds.models.facade import load_generator
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = load_generator(flags.model, flags.tokenizer or None, device)
+    for path in generate_files(generator, prompts, flags.out, config, flags.sheet or None):
+        print(path)
+
+
+def _demo(config: DemoConfig, _: argparse.Namespace) -> None:
+    from t2v_ds.pipeline import run_demo
+
+    print(run_demo(config))
+
+
+def _doctor(_: None, __: argparse.Namespace) -> None:
+    from t2v_ds.doctor import report
+
+    marks = {"ok": "ok     ", "missing": "MISSING", "note": "note   "}
+    for status, what, detail in report():
+        print(f"{marks[status]} {what}: {detail}")
+
+
+OUT = Flag("out", "folder to write; run again with the same command to go on after an interruption")
+LAUNCH = (
+    "\n\nThe same command runs on several processes or nodes:\n"
+    "  deepspeed --num_gpus 2 --module t2v_ds {verb} ...      (on a machine without GPU too)\n"
+    "  torchrun --nproc_per_node 2 --module t2v_ds {verb} ...\n"
+    "  srun --ntasks-per-node=2 t2v {verb} ...\n"
+    "train.batch counts clips over all processes, so the result does not depend on their number."
+)
+VERBS: dict[str, Verb] = {
+    "prepare": Verb(
+        "a folder of GIFs, a TSV of URLs, or moving shapes -> raw shards",
+        "Reads clips and captions, keeps clips of min_frames to max_frames frames, resizes them and writes WebDataset shards.\n"
+        "SRC is a folder of GIFs (captions from captions.tsv inside, FOLDER.tsv beside it, or captions=FILE; else file names),\n"
+        "a TSV file of `url TAB caption` lines, or moving-shapes. What is rejected is counted, and listed in rejected.jsonl.",
+        "t2v prepare --source my_gifs --out data/raw",
+        PrepareConfig,
+        (Flag("source", "folder of GIFs, TSV file, or moving-shapes", "SRC"), OUT),
+        _prepare,
+    ),
+    "train-vqvae": Verb(
+        "raw shards -> tokenizer",
+        "Trains the VQ-VAE that turns frames into codes and back." + LAUNCH.format(verb="train-vqvae"),
+        "t2v train-vqvae --config tgif_vqvae --data data/raw --out runs/tokenizer train.steps=20000",
+        VQVAERunConfig,
+        (Flag("data", "folder written by t2v prepare"), OUT),
+        _train_vqvae,
+    ),
+    "tokenize": Verb(
+        "raw shards + tokenizer -> token shards",
+        "Encodes every clip once, so that training the transformer reads codes and runs no VQ-VAE.",
+        "t2v tokenize --data data/raw --tokenizer runs/tokenizer --out data/tokens",
+        TokenizeConfig,
+        (Flag("data", "folder written by t2v prepare"), Flag("tokenizer", "folder written by t2v train-vqvae"), OUT),
+        _tokenize,
+    ),
+    "train-transformer": Verb(
+        "token shards -> generator",
+        "Trains the transformer that turns captions into codes." + LAUNCH.format(verb="train-transformer"),
+        "t2v train-transformer --config tgif_transformer --data data/tokens --out runs/generator",
+        TransformerRunConfig,
+        (
+            Flag("data", "folder written by t2v tokenize"),
+            Flag("tokenizer", "another folder of the tokenizer that made the data"),
+            OUT,
+        ),
+        _train_transformer,
+    ),
+    "generate": Verb(
+        "prompt -> GIF or MP4",
+        "Draws a clip for each prompt. Several prompts become OUT-0.gif, OUT-1.gif, ...; --sheet adds a contact sheet.",
+        "t2v generate --model runs/generator --prompt 'a red circle moves right' --out x.gif temperature=0.9 seed=1",
+        SamplingConfig,
+        (),
+        _generate,
+    ),
+    "demo": Verb(
+        "everything, at a size that a laptop finishes in minutes",
+        "Draws captioned clips of moving shapes, trains both models on them, measures the result and draws a GIF.",
+        "t2v demo --out runs/demo",
+        DemoConfig,
+        (OUT,),
+        _demo,
+        "demo",
+    ),
+    "doctor": Verb("what this machine has and lacks", "Looks at the machine; changes nothing.", "t2v doctor", None, (), _doctor),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes become one sentence with exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def _parser(name: str, verb: Verb) -> _Parser:
+    settings = ""
+    if verb.config is not None:
+        settings = "\n\nsettings (key=value on the command line, or in --config's YAML):\n" + _settings_help(verb.config)
+    parser = _Parser(
+        prog=f"t2v {name}",
+        description=f"{verb.description}\n\nexample:\n  {verb.example}{settings}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    if verb.config is not None:
+        parser.add_argument("--config", metavar="YAML", help="a file of settings, or the name of a recipe in configs/")
+        parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings; they win over the file and over flags")
+    for flag in verb.flags:
+        parser.add_argument(f"--{flag.name}", metavar=flag.metavar, help=flag.help)
+    if name == "generate":
+        parser.add_argument("--model", metavar="DIR", help="folder written by t2v train-transformer")
+        parser.add_argument("--prompt", action="append", metavar="TEXT", help="what to draw; may be given several times")
+        parser.add_argument("--out", default="clip.gif", metavar="FILE", help=".gif or .mp4 (default: clip.gif)")
+        parser.add_argument("--sheet", metavar="FILE", help="also write a contact sheet (.png): a row of frames a clip")
+        parser.add_argument("--tokenizer", metavar="DIR", help="another folder of the tokenizer that the model was trained with")
+    return parser
+
+
+def _settings_help(config: type[Any], prefix: str = "  ") -> str:
+    """A line a setting: name, default, and the comment that stands behind it in config.py."""
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), flags=re.MULTILINE))
+    hints = typing.get_type_hints(config)
+    lines = []
+    for field in dataclasses.fields(config):
+        if dataclasses.is_dataclass(hints[field.name]):
+            lines.append(_settings_help(typing.cast("type[Any]", hints[field.name]), f"{prefix}{field.name}."))
+            continue
+        default = list(field.default) if isinstance(field.default, tuple) else field.default
+        comment = comments.get(field.name, "")
+        lines.append(f"{prefix}{field.name}={default!s}" + (f"  ({comment})" if comment else ""))
+    return "\n".join(lines)
+
+
+def overview() -> str:
+    """What `t2v --help` shows."""
+    lines = ["t2v: from a folder of GIFs to a model that draws GIFs.", "", "usage: t2v VERB ...      (t2v VERB --help teaches each)", ""]
+    lines += [f"  {name:<18} {verb.summary}" for name, verb in VERBS.items()]
+    return "\n".join(lines)
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Parse the command line and run its verb.
+
+    Raises:
+        UserError: a mistake that the user can mend.
+    """
+    # The launcher of DeepSpeed puts --local_rank=N somewhere; the rank is read from the environment.
+    arguments = [a for a in arguments if not re.fullmatch(r"--local[-_]rank=\d+", a)]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(overview())
+        return
+    if arguments[0] == "--version":
+        import t2v_ds
+
+        print(t2v_ds.__version__)
+        return
+    name, rest = arguments[0], arguments[1:]
+    if name not in VERBS:
+        raise ConfigError(f"unknown verb '{name}': {nearest(name, VERBS)}")
+    verb = VERBS[name]
+    flags = _parser(name, verb).parse_intermixed_args(rest)
+    config = None
+    if verb.config is not None:
+        given = [f"{flag.name}={json.dumps(getattr(flags, flag.name))}" for flag in verb.flags if getattr(flags, flag.name) is not None]
+        recipe = flags.config or verb.recipe
+        config = load_config(verb.config, resolve_recipe(recipe) if recipe else None, [*given, *flags.overrides])
+    verb.run(config, flags)
+
+
+def main() -> None:
+    """The command `t2v`."""
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("t2v_ds").setLevel(logging.INFO if rank == "0" else logging.WARNING)
+    code = 0
+    try:
+        run(sys.argv[1:])
+    except UserError as error:
+        code = _say(str(error), rank)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        code = _say(f"the disk is full{f' ({error.filename})' if error.filename else ''}: make room, then run the same command again", rank)
+    except KeyboardInterrupt:
+        _say("interrupted; run the same command again to go on", rank)
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 0
+    _end(code)
+
+
+def _say(sentence: str, rank: str) -> int:
+    where = "" if rank == "0" else f" (rank {rank})"
+    print(f"t2v: error{where}: {sentence}", file=sys.stderr)
+    return 2
+
+
+def _end(code: int) -> NoReturn:
+    if "torch" in sys.modules:
+        from t2v_ds.training.distributed import finish
+
+        finish(code)
+    sys.exit(code)

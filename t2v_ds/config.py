@@ -1,0 +1,495 @@
+"""Every setting of the product: typed dataclasses <- YAML file <- `key=value` overrides.
+
+A stage has one dataclass (`PrepareConfig`, `VQVAERunConfig`, ...). `load_config` fills it from the defaults below, then
+from a YAML file, then from overrides such as `train.steps=100`. An unknown key is an error that names the nearest
+valid ones; a value of the wrong type or out of range is an error that names the key and what is allowed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from t2v_ds.errors import ConfigError, nearest
+
+T = TypeVar("T")
+
+
+def require(condition: bool, key: str, found: object, allowed: str) -> None:
+    """Raise `ConfigError` naming `key`, the value found and what is allowed, unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"setting '{key}' is {found!r}; allowed: {allowed}")
+
+
+@dataclass
+class DownloadConfig:
+    """How clips named by URL are fetched."""
+
+    timeout_s: float = 20.0  # seconds without a byte before an attempt is given up
+    retries: int = 3  # further attempts after the first
+    max_bytes: int = 32 * 2**20  # a larger GIF is rejected while it downloads
+    allow_private: bool = False  # allow addresses of private networks and this machine
+
+    def __post_init__(self) -> None:
+        require(self.timeout_s > 0, "download.timeout_s", self.timeout_s, "> 0 seconds")
+        require(self.retries >= 0, "download.retries", self.retries, ">= 0")
+        require(self.max_bytes > 0, "download.max_bytes", self.max_bytes, "> 0 bytes")
+
+
+@dataclass
+class PrepareConfig:
+    """Source -> raw shards."""
+
+    source: str = "moving-shapes"  # a folder of GIFs, a TSV of `url TAB caption`, or moving-shapes
+    out: str = ""
+    captions: str = ""  # TSV (`file TAB caption`) for a folder of GIFs; empty: captions.tsv in or beside it, else file names
+    image_size: int = 128  # pixels, square
+    min_frames: int = 15
+    max_frames: int = 40
+    chunk_clips: int = 10_000
+    shard_clips: int = 250
+    clips: int = 2_000  # how many clips moving-shapes draws
+    limit: int = 0  # use only the first rows of the source; 0: all
+    workers: int = 0  # processes; 0: one a core
+    seed: int = 0
+    download: DownloadConfig = field(default_factory=DownloadConfig)
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, "seed", self.seed, ">= 0")
+        require(8 <= self.image_size <= 1024, "image_size", self.image_size, "8 to 1024 pixels")
+        require(self.min_frames >= 1, "min_frames", self.min_frames, ">= 1")
+        require(self.min_frames <= self.max_frames, "max_frames", self.max_frames, f">= min_frames ({self.min_frames})")
+        require(self.max_frames <= 10_000, "max_frames", self.max_frames, "<= 10000")
+        require(self.chunk_clips >= 1, "chunk_clips", self.chunk_clips, ">= 1")
+        require(self.shard_clips >= 1, "shard_clips", self.shard_clips, ">= 1")
+        require(self.clips >= 1, "clips", self.clips, ">= 1")
+        require(self.limit >= 0, "limit", self.limit, ">= 0")
+        require(self.workers >= 0, "workers", self.workers, ">= 0")
+
+
+@dataclass
+class QuantizerConfig:
+    """The codebook and how it learns."""
+
+    codebook_size: int = 1024
+    codebook_dim: int = 256
+    learning: str = "ema"  # "ema": fp32 buffers moved by statistics; "gradient": a parameter moved by the codebook loss
+    warmup_steps: int = 0  # steps in which latents pass unquantized, before the codebook is set from data
+    decay: float = 0.99  # of the moving averages
+    dead_below: float = 0.03  # a code used less than this fraction of the mean use is dead
+    revive_every: int = 20  # steps between revivals of dead codes; 0: never
+    diversity_temperature: float = 0.1  # of the soft assignments, in units of the codebook's variance
+
+    def __post_init__(self) -> None:
+        require(2 <= self.codebook_size <= 65_536, "quantizer.codebook_size", self.codebook_size, "2 to 65536")
+        require(1 <= self.codebook_dim <= 1024, "quantizer.codebook_dim", self.codebook_dim, "1 to 1024")
+        require(self.learning in ("ema", "gradient"), "quantizer.learning", self.learning, "'ema' or 'gradient'")
+        require(self.warmup_steps >= 0, "quantizer.warmup_steps", self.warmup_steps, ">= 0")
+        require(0 < self.decay < 1, "quantizer.decay", self.decay, "between 0 and 1")
+        require(0 <= self.dead_below < 1, "quantizer.dead_below", self.dead_below, "0 to below 1")
+        require(self.revive_every >= 0, "quantizer.revive_every", self.revive_every, ">= 0")
+        require(self.diversity_temperature > 0, "quantizer.diversity_temperature", self.diversity_temperature, "> 0")
+
+
+@dataclass
+class VQVAEConfig:
+    """The residual VQ-VAE; the defaults are the spec size (128 -> 32 x 32 latents)."""
+
+    image_size: int = 128
+    stem_channels: int = 128
+    channel_multipliers: tuple[int, ...] = (1, 2)  # one halving of the resolution each
+    residual_blocks: tuple[int, ...] = (1, 2)  # at each resolution, in encoder and decoder
+    norm_groups: int = 16
+    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+
+    def __post_init__(self) -> None:
+        levels = len(self.channel_multipliers)
+        require(levels >= 1, "model.channel_multipliers", self.channel_multipliers, "at least one entry")
+        require(min(self.channel_multipliers) >= 1, "model.channel_multipliers", self.channel_multipliers, "entries >= 1")
+        require(
+            len(self.residual_blocks) == levels and min(self.residual_blocks) >= 0,
+            "model.residual_blocks",
+            self.residual_blocks,
+            f"{levels} entries >= 0, one for each of channel_multipliers",
+        )
+        require(
+            self.image_size % self.downsampling == 0 and self.image_size >= self.downsampling,
+            "model.image_size",
+            self.image_size,
+            f"a multiple of {self.downsampling} (channel_multipliers halves it {levels} times)",
+        )
+        require(self.norm_groups >= 1, "model.norm_groups", self.norm_groups, ">= 1")
+        require(
+            self.stem_channels >= 1 and self.stem_channels % self.norm_groups == 0,
+            "model.stem_channels",
+            self.stem_channels,
+            f"a multiple of norm_groups ({self.norm_groups})",
+        )
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels a side that one code stands for."""
+        return 2 ** len(self.channel_multipliers)
+
+    @property
+    def grid_size(self) -> int:
+        """Codes a side of a frame."""
+        return self.image_size // self.downsampling
+
+
+@dataclass
+class LossConfig:
+    """Weights of the VQ-VAE's losses; 0 switches a loss off and costs nothing."""
+
+    l1: float = 1.0
+    codebook: float = 1.0  # used only when quantizer.learning is "gradient"
+    commitment: float = 0.25
+    ssim: float = 0.2
+    perceptual: float = 0.1
+    lab: float = 0.1
+    diversity: float = 0.01
+    perceptual_network: str = "vgg16"  # "vgg16" or "squeezenet"
+    perceptual_weights: str = "imagenet"  # "imagenet", "random", or the path of a state dict
+
+    def __post_init__(self) -> None:
+        for name in ("l1", "codebook", "commitment", "ssim", "perceptual", "lab", "diversity"):
+            require(getattr(self, name) >= 0, f"losses.{name}", getattr(self, name), ">= 0")
+        networks = ("vgg16", "squeezenet")
+        require(self.perceptual_network in networks, "losses.perceptual_network", self.perceptual_network, " or ".join(networks))
+
+
+@dataclass
+class TrainConfig:
+    """One optimisation, whatever the model."""
+
+    steps: int = 1000  # optimizer steps; ignored when epochs > 0
+    epochs: float = 0.0  # passes over the data; 0: count by steps
+    batch: int = 8  # clips an optimizer step, over all ranks
+    micro_batch: int = 0  # clips a forward pass on one rank; 0: batch / ranks, with no accumulation
+    learning_rate: float = 3e-4
+    min_learning_rate: float = 0.0
+    warmup_steps: int = 100
+    schedule: str = "cosine"  # "cosine" or "constant" after the warm-up
+    betas: tuple[float, ...] = (0.9, 0.95)
+    weight_decay: float = 0.01
+    gradient_clip: float = 1.0  # largest gradient norm; 0: no clipping
+    precision: str = "bf16"  # "bf16" (autocast, fp32 weights) or "fp32"
+    ds_config: str = "zero1"  # a name in ds_configs/ (zero0 .. zero3, zero3_offload) or the path of a DeepSpeed JSON file
+    save_every: int = 500  # optimizer steps
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    visual_every: int = 250  # reconstruction grids or generated clips in TensorBoard; 0: only at the end
+    data_threads: int = 1
+    watchdog_s: float = 1800.0  # a step that takes longer ends the run with the name of the rank; 0: off
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, "train.steps", self.steps, ">= 1")
+        require(self.epochs >= 0, "train.epochs", self.epochs, ">= 0")
+        require(self.batch >= 1, "train.batch", self.batch, ">= 1")
+        require(self.micro_batch >= 0, "train.micro_batch", self.micro_batch, ">= 0")
+        require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "> 0")
+        floor = self.min_learning_rate
+        require(0 <= floor <= self.learning_rate, "train.min_learning_rate", self.min_learning_rate, "0 to learning_rate")
+        require(self.warmup_steps >= 0, "train.warmup_steps", self.warmup_steps, ">= 0")
+        require(self.schedule in ("cosine", "constant"), "train.schedule", self.schedule, "'cosine' or 'constant'")
+        require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "train.betas", self.betas, "two numbers in [0, 1)")
+        require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, ">= 0")
+        require(self.gradient_clip >= 0, "train.gradient_clip", self.gradient_clip, ">= 0")
+        require(self.precision in ("bf16", "fp32"), "train.precision", self.precision, "'bf16' or 'fp32'")
+        require(self.save_every >= 1, "train.save_every", self.save_every, ">= 1")
+        require(self.keep_checkpoints >= 1, "train.keep_checkpoints", self.keep_checkpoints, ">= 1")
+        require(self.log_every >= 1, "train.log_every", self.log_every, ">= 1")
+        require(self.visual_every >= 0, "train.visual_every", self.visual_every, ">= 0")
+        require(self.data_threads >= 0, "train.data_threads", self.data_threads, ">= 0")
+        require(self.watchdog_s >= 0, "train.watchdog_s", self.watchdog_s, ">= 0")
+
+
+@dataclass
+class VQVAERunConfig:
+    """Raw shards -> tokenizer."""
+
+    data: str = ""
+    out: str = ""
+    chunk: int = -1  # train on this chunk only; -1: on all
+    frames_per_clip: int = 4  # random frames of each clip in a step
+    seed: int = 0
+    model: VQVAEConfig = field(default_factory=VQVAEConfig)
+    losses: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, "seed", self.seed, ">= 0")
+        require(self.chunk >= -1, "chunk", self.chunk, "a chunk's index, or -1 for all")
+        require(self.frames_per_clip >= 1, "frames_per_clip", self.frames_per_clip, ">= 1")
+
+
+@dataclass
+class TextConfig:
+    """The frozen text encoder."""
+
+    encoder: str = "hashing"  # "hashing" (built in, no download), or a Hugging Face encoder by name or path
+    tokens: int = 16  # longest caption in tokens; longer ones are cut, and the number cut is logged
+    width: int = 128  # of the hashing encoder; ignored for others
+
+    def __post_init__(self) -> None:
+        require(bool(self.encoder), "text.encoder", self.encoder, "'hashing', a Hugging Face name or a folder")
+        require(1 <= self.tokens <= 1024, "text.tokens", self.tokens, "1 to 1024")
+        require(1 <= self.width <= 8192, "text.width", self.width, "1 to 8192")
+
+
+@dataclass
+class TransformerConfig:
+    """The autoregressive transformer; the defaults are the spec size."""
+
+    width: int = 512
+    layers: int = 8
+    heads: int = 8
+    mlp_ratio: float = 4.0
+    dropout: float = 0.0
+    max_frames: int = 40
+    group: int = 1  # each position carries group x group codes
+    previous_frame_kernel: int = 3  # positions see this neighbourhood of the frame before as input; 0: off
+    activation_checkpointing: bool = False
+    # Filled in from the token shards:
+    grid_size: int = 32
+    codebook_size: int = 1024
+    text_width: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.width >= 1 and self.heads >= 1, "model.width", self.width, ">= 1")
+        require(self.width % self.heads == 0, "model.heads", self.heads, f"a divisor of width ({self.width})")
+        require(self.layers >= 1, "model.layers", self.layers, ">= 1")
+        require(self.mlp_ratio > 0, "model.mlp_ratio", self.mlp_ratio, "> 0")
+        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "0 to below 1")
+        require(self.max_frames >= 1, "model.max_frames", self.max_frames, ">= 1")
+        require(self.group >= 1, "model.group", self.group, ">= 1")
+        require(self.grid_size % self.group == 0, "model.group", self.group, f"a divisor of the grid ({self.grid_size} codes a side)")
+        kernel = self.previous_frame_kernel
+        require(kernel == 0 or (kernel > 0 and kernel % 2 == 1), "model.previous_frame_kernel", kernel, "0 or an odd number")
+
+
+@dataclass
+class TransformerRunConfig:
+    """Token shards -> generator."""
+
+    data: str = ""
+    out: str = ""
+    tokenizer: str = ""  # empty: the one kept with the token shards
+    seed: int = 0
+    caption_dropout: float = 0.1  # share of captions replaced by the empty one, for guidance
+    sample_prompts: tuple[str, ...] = ()  # shown in TensorBoard; empty: captions of the data
+    model: TransformerConfig = field(default_factory=TransformerConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, "seed", self.seed, ">= 0")
+        require(0 <= self.caption_dropout < 1, "caption_dropout", self.caption_dropout, "0 to below 1")
+
+
+@dataclass
+class TokenizeConfig:
+    """Raw shards + tokenizer -> token shards."""
+
+    data: str = ""
+    tokenizer: str = ""
+    out: str = ""
+    batch_frames: int = 64  # frames encoded at once
+    precision: str = "fp32"  # "bf16" or "fp32"
+
+    def __post_init__(self) -> None:
+        require(self.batch_frames >= 1, "batch_frames", self.batch_frames, ">= 1")
+        require(self.precision in ("bf16", "fp32"), "precision", self.precision, "'bf16' or 'fp32'")
+
+
+@dataclass
+class SamplingConfig:
+    """How codes are drawn from the transformer."""
+
+    temperature: float = 1.0
+    top_k: int = 0  # 0: all codes
+    top_p: float = 1.0
+    guidance: float = 3.0  # classifier-free guidance scale; 1: off
+    frames: int = 0  # exact number of frames; 0: until the model ends the clip
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, "seed", self.seed, ">= 0")
+        require(self.temperature >= 0, "temperature", self.temperature, ">= 0 (0: always the likeliest code)")
+        require(self.top_k >= 0, "top_k", self.top_k, ">= 0")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, up to 1")
+        require(self.guidance >= 0, "guidance", self.guidance, ">= 0")
+        require(self.frames >= 0, "frames", self.frames, ">= 0")
+
+
+@dataclass
+class EvaluateConfig:
+    """How the demo's generator is measured."""
+
+    prompts: int = 144  # half of them held-out combinations
+    batch: int = 72
+    reconstruction_clips: int = 64
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        require(self.prompts >= 2, "evaluate.prompts", self.prompts, ">= 2")
+        require(self.batch >= 1, "evaluate.batch", self.batch, ">= 1")
+
+
+@dataclass
+class DemoConfig:
+    """Every stage in order, at a size that a laptop finishes in minutes."""
+
+    out: str = "runs/demo"
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    vqvae: VQVAERunConfig = field(default_factory=VQVAERunConfig)
+    tokenize: TokenizeConfig = field(default_factory=TokenizeConfig)
+    transformer: TransformerRunConfig = field(default_factory=TransformerRunConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    prompts: tuple[str, ...] = ("a large red circle moves right slowly",)  # what the demo draws at its end
+
+
+def load_config(cls: type[T], path: str | Path | None = None, overrides: Iterable[str] = ()) -> T:
+    """Build `cls` from its defaults, then a YAML file, then `key=value` overrides.
+
+    Args:
+        cls: one of the dataclasses of this module.
+        path: a YAML file whose keys are those of `cls`; None: defaults only.
+        overrides: `a.b=value` strings; values are read as YAML.
+
+    Raises:
+        ConfigError: unreadable file, unknown key (names the nearest valid ones), wrong type, or value out of range.
+    """
+    data: dict[str, Any] = {}
+    origin = "defaults"
+    if path is not None:
+        origin = str(path)
+        data = _read_yaml(Path(path))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override '{override}' is not of the form key=value, such as train.steps=100")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        _set_nested(data, key.split("."), value, override)
+    return from_dict(cls, data, origin)
+
+
+def from_dict(cls: type[T], data: dict[str, Any], origin: str = "config", prefix: str = "") -> T:
+    """Build the dataclass `cls` from nested dictionaries; errors name `origin` and the dotted key."""
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        dotted = f"{prefix}{key}"
+        if key not in names:
+            choices = [f"{prefix}{name}" for name in names]
+            raise ConfigError(f"unknown setting '{dotted}' in {origin}: {nearest(dotted, choices)}")
+        values[key] = _coerce(hints[key], value, dotted, origin)
+    return cls(**values)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Turn a config dataclass into plain dictionaries and lists, as written to `config.json` and YAML."""
+    return typing.cast("dict[str, Any]", _plain(dataclasses.asdict(config)))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read config file {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config file {path} is not UTF-8 text") from error
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"config file {path} holds a {type(data).__name__}; expected settings as 'key: value'")
+    return data
+
+
+def _set_nested(data: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+    for key in keys[:-1]:
+        inner = data.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"override '{override}': '{key}' is a value, not a group of settings")
+        data = inner
+    data[keys[-1]] = value
+
+
+def _coerce(hint: Any, value: Any, key: str, origin: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ConfigError(f"setting '{key}' in {origin} is {value!r}; expected a group of settings")
+        return from_dict(typing.cast("type[Any]", hint), value, origin, prefix=f"{key}.")
+    if typing.get_origin(hint) is tuple:
+        item = typing.get_args(hint)[0]
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_coerce(item, one, key, origin) for one in items)
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):  # pragma: no cover - no setting is a union today
+        raise TypeError(f"{key}: unions are not supported")
+    return _scalar(hint, value, key, origin)
+
+
+def _scalar(hint: Any, value: Any, key: str, origin: str) -> Any:
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is int and isinstance(value, (int, float)) and not isinstance(value, bool) and float(value).is_integer():
+        return int(value)
+    if hint is float and not isinstance(value, bool):
+        try:
+            return float(value)  # also reads YAML's "1e-4", which is text to YAML 1.1
+        except (TypeError, ValueError):
+            pass
+    if hint is str:
+        if value is None:
+            return ""
+        if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            return str(value)
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    raise ConfigError(f"setting '{key}' in {origin} is {value!r}; expected {names[hint]}")
+
+
+def resolve_recipe(name: str) -> Path:
+    """A recipe's file: a path as it is, or the name of one in `configs/` (such as "demo").
+
+    Raises:
+        ConfigError: there is no such file; names the recipes that there are.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        return path
+    recipes = {file.name.removesuffix(".yaml"): file for file in _recipe_files()}
+    if name not in recipes:
+        raise ConfigError(f"--config is {name!r}, which is no file and no recipe: {nearest(name, recipes)}")
+    return recipes[name]
+
+
+def _recipe_files() -> list[Path]:
+    """The YAML files of `configs/`: in a checkout beside the package, in an installation inside it."""
+    for folder in (Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs"):
+        files = sorted(folder.glob("*.yaml"))
+        if files:
+            return files
+    return []

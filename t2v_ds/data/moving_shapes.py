@@ -1,0 +1,187 @@
+"""The embedded source: captioned clips of coloured shapes that move, drawn on the fly.
+
+A clip is a pure function of (seed, index): attributes -> path -> frames and caption.
+
+    (seed, index) -> Attributes (never a held-out combination) -> caption
+                                                               -> frames [T, S, S, 3] uint8
+
+One combination of (colour, shape, direction) in four is held out of training (`is_held_out`): every colour, shape,
+direction and every pair of them is seen, the triple is not. A model that draws a held-out triple has composed it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (225, 40, 40),
+    "yellow": (240, 215, 40),
+    "green": (40, 180, 60),
+    "cyan": (40, 205, 215),
+    "blue": (45, 75, 230),
+    "purple": (170, 50, 200),
+}
+SHAPES = ("circle", "square", "triangle")
+DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y)
+RADII = {"small": 0.125, "large": 0.1875}  # half the side of the bounding box, as a share of the frame's side
+SPEEDS = {"slowly": 1 / 64, "quickly": 2 / 64}  # of the frame's side, a frame
+BACKGROUNDS = ("dark", "light")
+PATTERNS = ("plain", "gradient", "horizon")
+
+_SUPERSAMPLING = 4  # drawn this much larger, then averaged: smooth edges
+_STREAM = 0x5A9E5  # keeps this module's random streams apart from others with the same seed
+
+
+@dataclass(frozen=True)
+class Attributes:
+    """What a clip shows; each field is a word of its caption, `pattern` apart."""
+
+    colour: str
+    shape: str
+    direction: str
+    size: str
+    speed: str
+    background: str
+    pattern: str
+
+    @property
+    def held_out(self) -> bool:
+        """Whether training never shows this combination."""
+        return is_held_out(self.colour, self.shape, self.direction)
+
+
+def is_held_out(colour: str, shape: str, direction: str) -> bool:
+    """Whether (colour, shape, direction) is kept from training: one direction of each (colour, shape)."""
+    return (list(COLOURS).index(colour) + SHAPES.index(shape)) % len(DIRECTIONS) == list(DIRECTIONS).index(direction)
+
+
+def combinations(held_out: bool) -> list[tuple[str, str, str]]:
+    """All (colour, shape, direction) that are held out, or all that are trained on, in a fixed order."""
+    return [triple for triple in itertools.product(COLOURS, SHAPES, DIRECTIONS) if is_held_out(*triple) == held_out]
+
+
+def held_out_combinations() -> list[dict[str, str]]:
+    """The held-out combinations as they stand in the manifest."""
+    return [dict(zip(("colour", "shape", "direction"), triple, strict=True)) for triple in combinations(held_out=True)]
+
+
+def draw_clip(
+    index: int, seed: int, size: int, min_frames: int, max_frames: int
+) -> tuple[np.ndarray, list[int], str, dict[str, Any]]:
+    """Draw training clip `index`.
+
+    Returns:
+        frames [T, size, size, 3] uint8 with min_frames <= T <= max_frames, the duration of each frame in
+        milliseconds, the caption, and the attributes.
+    """
+    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, _STREAM, index])))
+    trained = combinations(held_out=False)
+    colour, shape, direction = trained[int(rng.integers(len(trained)))]
+    attributes = random_attributes(rng, colour, shape, direction)
+    frames = draw(attributes, rng, size, min_frames, max_frames)
+    duration = int(rng.choice([50, 60, 70, 80, 90, 100]))
+    return frames, [duration] * len(frames), caption(attributes, rng), asdict(attributes)
+
+
+def random_attributes(rng: np.random.Generator, colour: str, shape: str, direction: str) -> Attributes:
+    """Attributes with the given colour, shape and direction and everything else drawn from `rng`."""
+    return Attributes(
+        colour,
+        shape,
+        direction,
+        size=str(rng.choice(list(RADII))),
+        speed=str(rng.choice(list(SPEEDS))),
+        background=str(rng.choice(BACKGROUNDS)),
+        pattern=str(rng.choice(PATTERNS)),
+    )
+
+
+def caption(attributes: Attributes, rng: np.random.Generator | None = None) -> str:
+    """The caption of a clip; with `rng`, size, speed and background are each left out now and then."""
+
+    def keep(probability: float) -> bool:
+        return rng is None or bool(rng.random() < probability)
+
+    size = f"{attributes.size} " if keep(0.7) else ""
+    speed = f" {attributes.speed}" if keep(0.7) else ""
+    background = f" on a {attributes.background} background" if keep(0.6) else ""
+    return f"a {size}{attributes.colour} {attributes.shape} moves {attributes.direction}{speed}{background}"
+
+
+def draw(attributes: Attributes, rng: np.random.Generator, size: int, min_frames: int, max_frames: int) -> np.ndarray:
+    """Draw a clip of these attributes: frames [T, size, size, 3] uint8.
+
+    The shape stays inside the frame, so a fast or a large one has fewer frames to cross it: T is drawn uniformly from
+    min_frames to the smaller of max_frames and what fits (at least min_frames, the path then starting outside).
+    """
+    step, radius = SPEEDS[attributes.speed], RADII[attributes.size]
+    fits = int((1 - 2 * radius) / step) + 1
+    length = int(rng.integers(min_frames, max(min_frames, min(max_frames, fits)) + 1))
+    along = np.array(DIRECTIONS[attributes.direction], dtype=np.float64)
+    travel = step * (length - 1)
+    free = max(0.0, 1 - 2 * radius - travel)
+    start = radius + rng.random(2) * (1 - 2 * radius)  # across the direction of travel: anywhere inside
+    axis = int(np.abs(along).argmax())
+    first = radius + rng.random() * free
+    start[axis] = first if along[axis] > 0 else 1 - first
+    canvas = _background(attributes, rng, size * _SUPERSAMPLING)
+    frames = np.empty((length, size, size, 3), dtype=np.uint8)
+    for t in range(length):
+        image = canvas.copy()
+        _draw_shape(image, attributes, start + along * step * t, radius)
+        frames[t] = np.asarray(image.reduce(_SUPERSAMPLING))
+    return frames
+
+
+def shape_mask(shape: str, centre: tuple[float, float], radius: float, size: int) -> np.ndarray:
+    """The ideal outline of `shape`: bool [size, size]; centre (x, y) and radius in pixels."""
+    image = Image.new("L", (size * _SUPERSAMPLING,) * 2)
+    polygon = _outline(shape, np.array(centre) / size, radius / size, size * _SUPERSAMPLING)
+    draw_on = ImageDraw.Draw(image)
+    if shape == "circle":
+        draw_on.ellipse(polygon, fill=255)
+    else:
+        draw_on.polygon(polygon, fill=255)
+    return np.asarray(image.reduce(_SUPERSAMPLING)) >= 128
+
+
+def _outline(shape: str, centre: np.ndarray, radius: float, pixels: int) -> list[tuple[float, float]]:
+    """Points of the outline (for a circle: the two corners of its box) in pixels."""
+    x, y = (float(c) * pixels for c in centre)
+    r = radius * pixels
+    if shape == "circle":
+        return [(x - r, y - r), (x + r, y + r)]
+    if shape == "square":
+        return [(x - r, y - r), (x + r, y - r), (x + r, y + r), (x - r, y + r)]
+    return [(x, y - r), (x + r, y + r), (x - r, y + r)]
+
+
+def _draw_shape(image: Image.Image, attributes: Attributes, centre: np.ndarray, radius: float) -> None:
+    draw_on = ImageDraw.Draw(image)
+    points = _outline(attributes.shape, centre, radius, image.width)
+    fill = COLOURS[attributes.colour]
+    if attributes.shape == "circle":
+        draw_on.ellipse(points, fill=fill)
+    else:
+        draw_on.polygon(points, fill=fill)
+
+
+def _background(attributes: Attributes, rng: np.random.Generator, pixels: int) -> Image.Image:
+    """A background of low saturation, so that colour always belongs to the shape."""
+    low, high = (20, 70) if attributes.background == "dark" else (185, 235)
+    ends = rng.uniform(low, high, size=(2, 1)) + rng.uniform(-10, 10, size=(2, 3))
+    down = (np.arange(pixels) + 0.5) / pixels  # [S] in 0..1
+    if attributes.pattern == "plain":
+        mix = np.zeros(pixels)
+    elif attributes.pattern == "gradient":
+        mix = down
+    else:
+        mix = (down > rng.integers(2, 7) / 8).astype(np.float64)
+    column = ends[0] + (ends[1] - ends[0]) * mix[:, None]  # [S, 3]
+    colours = np.repeat(column[:, None], pixels, axis=1)
+    return Image.fromarray(colours.clip(0, 255).astype(np.uint8))

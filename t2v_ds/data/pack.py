@@ -1,0 +1,152 @@
+"""Finished blocks of a source, in order -> shards of a fixed number of clips.
+
+    .work/block-N/{clips.tar, result.json} in any order -> the unbroken run of finished blocks from the first one
+      -> as soon as a shard's worth of clips waits: OUT/raw-K.tar -> clips.tar of the blocks in it removed
+
+A block keeps its small result.json, so that counts and positions can be read off the folder after a kill: there is no journal.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter, deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from t2v_ds.config import PrepareConfig
+from t2v_ds.data.manifest import ShardInfo, write_atomic
+from t2v_ds.data.shards import index_path, load_shard_info, read_shard, write_shard
+from t2v_ds.errors import DataError
+
+BLOCK_ROWS = 16  # rows that one worker does at a time: what a kill can lose
+REJECTED = "rejected.jsonl"
+RESULT = "result.json"  # of a block: clips kept, and the rejected ones
+CLIPS = "clips.tar"  # of a block
+
+
+def block_folder(work: Path, block: int) -> Path:
+    """Where a finished block lies."""
+    return work / f"block-{block:06d}"
+
+
+class Packer:
+    """Packs finished blocks, in order, into shards; its whole state is read off the folder when it is made.
+
+    Attributes:
+        results: block -> clips kept, for every finished block.
+        front: the first block that is not finished, so that clips behind it cannot be packed yet.
+        shards: the finished ones.
+        kept, rejected: clips so far.
+    """
+
+    def __init__(self, out: Path, config: PrepareConfig, rows: int) -> None:
+        self.out, self.work, self.config, self.rows = out, out / ".work", config, rows
+        self.blocks = -(-rows // BLOCK_ROWS)
+        self.shards: list[ShardInfo] = []
+        while index_path(self._shard_path(len(self.shards))).exists():
+            try:
+                self.shards.append(load_shard_info(self._shard_path(len(self.shards))))
+            except DataError:
+                break  # damaged since: it and what follows is packed again
+        self._packed = sum(shard.clips for shard in self.shards)
+        self.results: dict[int, int] = {}
+        self.kept, self.front = 0, 0
+        self.rejected: Counter[str] = Counter()
+        self._waiting: deque[tuple[int, int]] = deque()  # (block, first clip's number) of finished blocks not fully packed
+        self._queued = 0  # clips in the blocks before `front`
+        self._remove_lost_blocks()
+        for block in range(self.blocks):
+            if self._is_finished(block):
+                self._count(block)
+        self._advance()
+
+    @property
+    def rows_done(self) -> int:
+        """Rows in finished blocks."""
+        return sum(len(self.rows_of(block)) for block in self.results)
+
+    def rows_of(self, block: int) -> range:
+        """The rows of the source that make a block."""
+        return range(block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, self.rows))
+
+    def add(self, block: int) -> None:
+        """Take in a block that has just been finished, and pack what can be packed."""
+        self._count(block)
+        self._advance()
+        while self._queued - self._packed >= self._room():
+            self._pack(self._room())
+
+    def finish(self) -> None:
+        """Pack the rest, when all blocks are finished."""
+        while self._queued > self._packed:
+            self._pack(min(self._room(), self._queued - self._packed))
+
+    def write_rejected(self) -> None:
+        """Write `rejected.jsonl`, in the order of the source."""
+        lines = [json.dumps(one) + "\n" for block in range(self.blocks) for one in self._result(block)["rejected"]]
+        write_atomic(self.out / REJECTED, "".join(lines).encode())
+
+    def _shard_path(self, number: int) -> Path:
+        return self.out / f"raw-{number:05d}.tar"
+
+    def _room(self) -> int:
+        """Clips of the next shard when it is full; a shard does not cross from one chunk to the next."""
+        return min(self.config.shard_clips, self.config.chunk_clips - self._packed % self.config.chunk_clips)
+
+    def _result(self, block: int) -> dict[str, Any]:
+        result: dict[str, Any] = json.loads((block_folder(self.work, block) / RESULT).read_bytes())
+        return result
+
+    def _is_finished(self, block: int) -> bool:
+        return (block_folder(self.work, block) / RESULT).exists()
+
+    def _remove_lost_blocks(self) -> None:
+        """Have those blocks made again that were packed into a shard which is now damaged or gone."""
+        first, known = 0, True  # number of the block's first clip, as long as all blocks before it are finished
+        for block in range(self.blocks):
+            if not self._is_finished(block):
+                known = False
+                continue
+            kept = int(self._result(block)["kept"])
+            is_packed = known and first + kept <= self._packed
+            if not is_packed and not (block_folder(self.work, block) / CLIPS).exists():
+                shutil.rmtree(block_folder(self.work, block))
+            first += kept
+
+    def _count(self, block: int) -> None:
+        result = self._result(block)
+        self.results[block] = result["kept"]
+        self.kept += result["kept"]
+        self.rejected.update(one["reason"] for one in result["rejected"])
+
+    def _advance(self) -> None:
+        """Queue the finished blocks that follow on one another."""
+        while self.front in self.results:
+            self._waiting.append((self.front, self._queued))
+            self._queued += self.results[self.front]
+            self.front += 1
+            self._drop_packed()
+
+    def _pack(self, clips: int) -> None:
+        chunk = self._packed // self.config.chunk_clips
+        self.shards.append(write_shard(self._shard_path(len(self.shards)), self._take(clips), chunk))
+        self._packed += clips
+        self._drop_packed()
+
+    def _take(self, clips: int) -> Iterator[tuple[str, dict[str, bytes]]]:
+        """The next `clips` clips of the waiting blocks, read one at a time."""
+        for block, first in self._waiting:
+            if first >= self._packed + clips:
+                return
+            for number, sample in enumerate(read_shard(block_folder(self.work, block) / CLIPS), start=first):
+                if self._packed <= number < self._packed + clips:
+                    yield sample
+
+    def _drop_packed(self) -> None:
+        """Free the disk of blocks whose clips all lie in finished shards; their results stay, to count and to restart."""
+        while self._waiting and self._waiting[0][1] + self.results[self._waiting[0][0]] <= self._packed:
+            clips = block_folder(self.work, self._waiting.popleft()[0]) / CLIPS
+            clips.unlink(missing_ok=True)
+            index_path(clips).unlink(missing_ok=True)

@@ -1,0 +1,92 @@
+"""Does a clip show what its caption says? A program, not a network, reads colour, shape and direction off the frames.
+
+    frames [T, S, S, 3] -> mask of the shape a frame (its pixels are saturated, the background's are not)
+                        -> colour: nearest reference colour of the masked pixels, voted over frames
+                        -> shape: best overlap with ideal outlines of the mask's area and centre, summed over frames
+                        -> direction: the way its centre goes from the first frames to the last
+
+It is made for the embedded source (`data/moving_shapes.py`) and is checked on true clips before it judges any other.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from t2v_ds.data.moving_shapes import COLOURS, DIRECTIONS, SHAPES, shape_mask
+
+_SATURATED = 70  # largest minus smallest channel; backgrounds stay below 30, shapes above 160
+_UNIT_AREA = {"circle": np.pi, "square": 4.0, "triangle": 2.0}  # at radius 1
+_SMALLEST_AREA = 0.008  # of the frame; the smallest shape covers 0.03
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the program sees in a clip; None where it sees nothing that it can name."""
+
+    colour: str | None
+    shape: str | None
+    direction: str | None
+
+
+def read_clip(frames: np.ndarray) -> Reading:
+    """Read colour, shape and direction off frames [T, S, S, 3] uint8."""
+    colours: Counter[str] = Counter()
+    shapes = np.zeros(len(SHAPES))
+    centres: list[tuple[int, float, float]] = []
+    for t, frame in enumerate(frames):
+        channels = frame.astype(np.int16)
+        mask = channels.max(axis=-1) - channels.min(axis=-1) > _SATURATED
+        if mask.mean() < _SMALLEST_AREA:
+            continue
+        ys, xs = np.nonzero(mask)
+        centres.append((t, float(np.median(xs)), float(np.median(ys))))
+        colours[_nearest_colour(channels[mask])] += 1
+        shapes += _shape_overlaps(mask)
+    if len(centres) < max(2, len(frames) // 2):
+        return Reading(None, None, None)
+    return Reading(colours.most_common(1)[0][0], SHAPES[int(shapes.argmax())], _direction(centres, frames.shape[1]))
+
+
+def _nearest_colour(pixels: np.ndarray) -> str:
+    median = np.median(pixels, axis=0)
+    return min(COLOURS, key=lambda name: float(np.abs(median - COLOURS[name]).sum()))
+
+
+def _shape_overlaps(mask: np.ndarray) -> np.ndarray:
+    """Overlap (intersection over union) of the mask with each of SHAPES at the mask's own area and centre of mass: [3]."""
+    ys, xs = np.nonzero(mask)
+    area, x, y = len(xs), xs.mean() + 0.5, ys.mean() + 0.5
+    overlaps = []
+    for shape in SHAPES:
+        radius = float(np.sqrt(area / _UNIT_AREA[shape]))
+        # A triangle's centre of mass lies a third of its radius below the middle of its box.
+        ideal = shape_mask(shape, (x, y - radius / 3 if shape == "triangle" else y), radius, mask.shape[0])
+        overlaps.append((ideal & mask).sum() / (ideal | mask).sum())
+    return np.array(overlaps)
+
+
+def _direction(centres: list[tuple[int, float, float]], size: int) -> str | None:
+    """The axis and sign along which the centre moves most between the first and the last third."""
+    third = max(1, len(centres) // 3)
+    path = np.array(centres)
+    move = np.median(path[-third:, 1:], axis=0) - np.median(path[:third, 1:], axis=0)
+    if np.abs(move).max() < 0.03 * size:
+        return None
+    axis = int(np.abs(move).argmax())
+    for name, along in DIRECTIONS.items():
+        if along[axis] != 0 and np.sign(along[axis]) == np.sign(move[axis]):
+            return name
+    return None  # pragma: no cover - the four directions cover both signs of both axes
+
+
+def accuracy(readings: Sequence[Reading], wanted: Sequence[tuple[str, str, str]]) -> dict[str, float]:
+    """Share of clips read as wanted: {'colour', 'shape', 'direction', 'all'} in 0..1; wanted = (colour, shape, direction)."""
+    names = ("colour", "shape", "direction")
+    right = np.array([[getattr(r, n) == w[i] for i, n in enumerate(names)] for r, w in zip(readings, wanted, strict=True)])
+    result = {name: float(right[:, i].mean()) for i, name in enumerate(names)}
+    result["all"] = float(right.all(axis=1).mean())
+    return result

@@ -1,0 +1,83 @@
+"""Prompts -> files: GIF or MP4, and a contact sheet.
+
+    prompts -> generator -> clips -> x.gif   (one prompt)
+                                  -> x-0.gif, x-1.gif, ...   (several)
+                                  -> a contact sheet PNG, a row of frames a clip
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from t2v_ds.config import SamplingConfig
+from t2v_ds.data.gif import encode_gif
+from t2v_ds.data.video import contact_sheet, write_mp4
+from t2v_ds.errors import ConfigError
+from t2v_ds.models.exported import write_atomically
+from t2v_ds.models.facade import Generator
+
+SUFFIXES = (".gif", ".mp4")
+
+
+def check_outputs(out: str | Path, sheet: str | Path | None) -> None:
+    """Raise ConfigError unless the names end in what can be written."""
+    if Path(out).suffix.lower() not in SUFFIXES:
+        raise ConfigError(f"--out is {str(out)!r}; allowed: a file name that ends in {' or '.join(SUFFIXES)}")
+    if sheet and Path(sheet).suffix.lower() != ".png":
+        raise ConfigError(f"--sheet is {str(sheet)!r}; allowed: a file name that ends in .png")
+
+
+def generate_files(
+    generator: Generator, prompts: Sequence[str], out: str | Path, sampling: SamplingConfig, sheet: str | Path | None = None
+) -> list[Path]:
+    """Draw a clip for each prompt and write it.
+
+    Args:
+        generator: loaded.
+        prompts: one or several.
+        out: a file that ends in .gif or .mp4; with several prompts `-0`, `-1`, ... is put before the ending.
+        sampling: how codes are drawn.
+        sheet: also write a contact sheet (PNG) here.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ConfigError: another ending, no prompt, or an empty one.
+    """
+    check_outputs(out, sheet)
+    out = Path(out)
+    if not prompts:
+        raise ConfigError("no prompt is given; add --prompt 'a red circle moves right'")
+    clips = generator.generate(prompts, sampling, progress=True)
+    names = [out] if len(clips) == 1 else [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(len(clips))]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for name, frames in zip(names, clips, strict=True):
+        write_clip(name, frames, generator.frame_duration_ms)
+    if sheet is None:
+        return names
+    write_png(sheet, contact_sheet(clips, list(prompts)))
+    return [*names, Path(sheet)]
+
+
+def write_clip(path: str | Path, frames: np.ndarray, duration_ms: int) -> None:
+    """Write frames uint8 [T, H, W, 3] as GIF or MP4, by the file's ending."""
+    durations = [duration_ms] * len(frames)
+    if Path(path).suffix.lower() == ".gif":
+        write_atomically(Path(path), encode_gif(frames, durations))
+    else:
+        write_mp4(path, frames, durations)
+
+
+def write_png(path: str | Path, image: np.ndarray) -> None:
+    """Write an image uint8 [H, W, 3]."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG", optimize=True)
+    write_atomically(path, buffer.getvalue())

@@ -1,0 +1,296 @@
+"""The autoregressive transformer: text -> codes, frame after frame.
+
+    codes [B, T, h, w] -> groups [B, T*P, G]   P positions a frame, each with G = group x group codes
+    position i is fed:  codes of position i-1          (learned embeddings, one table a slot of the group)
+                      + the frame before, around i     (a convolution over its embeddings: what moves, moves little)
+                      + place in the frame, number of the frame (learned positional and temporal embeddings)
+                      + the caption as a whole         (and, as a prefix, word by word)
+    pre-norm causal blocks -> state i -> the codes of position i, one slot after another (a small head that is
+    itself autoregressive over the group), and "does the clip end here?" at each frame's first position.
+
+Real lengths: clips of a batch are packed for everything that works position by position; only attention sees them
+padded to the longest of the batch, which the causal mask makes harmless. A clip of 17 frames costs 17 frames.
+
+The blocks are those of Radford et al. 2019 (pre-norm) with RMSNorm (Zhang & Sennrich 2019) and normalised queries
+and keys (Dehghani et al. 2023). `frame_states` is the seam for decoding a whole frame a pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from t2v_ds.config import TransformerConfig
+
+
+@dataclass
+class Cache:
+    """Keys and values of every layer during generation: [B, heads, L, head width] fp32, grown by doubling."""
+
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    length: int = 0
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add new positions [B, heads, n, head width] of `layer`; return all of them."""
+        end = self.length + key.shape[2]
+        if layer == len(self.keys):
+            self.keys.append(key.new_empty(*key.shape[:2], max(64, 2 * end), key.shape[3]))
+            self.values.append(torch.empty_like(self.keys[layer]))
+        if end > self.keys[layer].shape[2]:
+            for store in (self.keys, self.values):
+                larger = store[layer].new_empty(*key.shape[:2], 2 * end, key.shape[3])
+                larger[:, :, : self.length] = store[layer][:, :, : self.length]
+                store[layer] = larger
+        self.keys[layer][:, :, self.length : end] = key
+        self.values[layer][:, :, self.length : end] = value
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
+class Packing:
+    """Packs the valid positions of a padded batch, and unpacks them: [B, L, ...] <-> [N, ...]."""
+
+    def __init__(self, lengths: Tensor, longest: int) -> None:
+        self.shape = (len(lengths), longest)
+        valid = torch.arange(longest, device=lengths.device)[None] < lengths[:, None]  # [B, L]
+        self.full = bool(valid.all())
+        self.index = valid.flatten().nonzero().flatten()  # [N]
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """[B, L, ...] -> [N, ...]."""
+        flat = padded.reshape(-1, *padded.shape[2:])
+        return flat if self.full else flat[self.index]
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """[N, ...] -> [B, L, ...], zeros where nothing is."""
+        if self.full:
+            return packed.view(*self.shape, *packed.shape[1:])
+        flat = packed.new_zeros(self.shape[0] * self.shape[1], *packed.shape[1:])
+        return flat.index_copy(0, self.index, packed).view(*self.shape, *packed.shape[1:])
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight (Zhang & Sennrich 2019), in fp32 whatever comes in: bf16 has no fused kernel on the CPU."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> fp32 [..., width]."""
+        return F.rms_norm(x.float(), (len(self.weight),), self.weight, 1e-6)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        width, self.heads = config.width, config.heads
+        hidden = int(config.mlp_ratio * width)
+        self.dropout = config.dropout
+        self.norm1 = RMSNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.query_norm = RMSNorm(width // config.heads)
+        self.key_norm = RMSNorm(width // config.heads)
+        self.out = nn.Linear(width, width, bias=False)
+        self.norm2 = RMSNorm(width)
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor, packing: Packing, cache: Cache | None = None, layer: int = 0) -> Tensor:
+        """Packed [N, width] -> [N, width]; with `cache`, the positions follow those in it."""
+        x = x + self._drop(self.out(self._attend(self.norm1(x), packing, cache, layer)))
+        return x + self._drop(self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh")))
+
+    def _attend(self, x: Tensor, packing: Packing, cache: Cache | None, layer: int) -> Tensor:
+        q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)  # [N, heads, head width]
+        q, k = self.query_norm(q).to(v.dtype), self.key_norm(k).to(v.dtype)
+        q, k, v = (packing.unpack(one).transpose(1, 2) for one in (q, k, v))  # [B, heads, L, head width]
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        # With a cache, either all positions are new (causal) or one position a clip is (sees everything before it).
+        causal = q.shape[2] == k.shape[2]
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return packing.pack(y.transpose(1, 2).flatten(2))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+class GroupHead(nn.Module):
+    """State of a position -> logits of its codes, slot after slot, each slot given the ones before it."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.slots = config.group**2
+        width = config.width
+        self.given = nn.ModuleList(nn.Embedding(config.codebook_size, width) for _ in range(self.slots - 1))
+        self.norms = nn.ModuleList(RMSNorm(width) for _ in range(self.slots))
+        self.mixers = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, width, bias=False), nn.GELU(approximate="tanh")) for _ in range(self.slots)
+        )
+        self.logits = nn.ModuleList(nn.Linear(width, config.codebook_size) for _ in range(self.slots))
+
+    def slot(self, state: Tensor, index: int) -> Tensor:
+        """State [N, width], with the codes of earlier slots added by `add` -> logits [N, K] of slot `index`."""
+        y = self.norms[index](state)
+        logits: Tensor = self.logits[index](y + self.mixers[index](y))
+        return logits
+
+    def add(self, state: Tensor, index: int, codes: Tensor) -> Tensor:
+        """State [N, width] after slot `index` turned out to be codes [N]."""
+        if index >= len(self.given):
+            return state
+        added: Tensor = state + self.given[index](codes)
+        return added
+
+    def loss(self, state: Tensor, targets: Tensor) -> Tensor:
+        """State [N, width], targets [N, G] -> negative log likelihood in nats [N, G]."""
+        losses = []
+        for index in range(self.slots):
+            losses.append(F.cross_entropy(self.slot(state, index).float(), targets[:, index], reduction="none"))
+            state = self.add(state, index, targets[:, index])
+        return torch.stack(losses, dim=1)
+
+
+class VideoTransformer(nn.Module):
+    """See the module's docstring."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, self.side = config.width, config.grid_size // config.group
+        self.positions = self.side**2  # a frame
+        self.slots = config.group**2
+        self.codes = nn.ModuleList(nn.Embedding(config.codebook_size, width) for _ in range(self.slots))
+        self.start = nn.Parameter(torch.zeros(width))  # stands for the codes before the first position
+        self.place = nn.Embedding(self.positions, width)  # learned positional embedding
+        self.time = nn.Embedding(config.max_frames + 1, width)  # learned temporal embedding; +1: the end's
+        self.word = nn.Linear(config.text_width, width)
+        self.caption = nn.Linear(config.text_width, width)
+        self.no_word = nn.Parameter(torch.zeros(width))  # fills the prefix behind a caption's last word
+        kernel = config.previous_frame_kernel
+        self.before = nn.Conv2d(width, width, kernel, padding=kernel // 2, bias=False) if kernel else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = RMSNorm(width)
+        self.head = GroupHead(config)
+        self.end = nn.Linear(width, 1)
+        self.apply(self._init)
+        for block in self.blocks:  # residual branches start small (Radford et al. 2019)
+            for name in ("out.weight", "down.weight"):
+                nn.init.normal_(block.get_parameter(name), std=0.02 / (2 * config.layers) ** 0.5)
+
+    @staticmethod
+    def _init(module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, std=0.02)
+
+    # -- codes <-> groups ------------------------------------------------------------------------------------------
+
+    def to_groups(self, codes: Tensor) -> Tensor:
+        """Codes [B, T, h, w] -> groups [B, T, P, G]."""
+        b, t, _, _ = codes.shape
+        s, g = self.side, self.config.group
+        return codes.view(b, t, s, g, s, g).permute(0, 1, 2, 4, 3, 5).reshape(b, t, s * s, g * g)
+
+    def to_codes(self, groups: Tensor) -> Tensor:
+        """Groups [B, T, P, G] -> codes [B, T, h, w]."""
+        b, t, _, _ = groups.shape
+        s, g = self.side, self.config.group
+        return groups.view(b, t, s, s, g, g).permute(0, 1, 2, 4, 3, 5).reshape(b, t, s * g, s * g)
+
+    # -- inputs ----------------------------------------------------------------------------------------------------
+
+    def embed_codes(self, groups: Tensor) -> Tensor:
+        """Groups [..., G] -> [..., width]."""
+        return torch.stack([table(groups[..., i]) for i, table in enumerate(self.codes)]).sum(0)
+
+    def text_inputs(self, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Word vectors [B, W, text width], mask [B, W] -> prefix [B, W, width], caption [B, width]."""
+        prefix = torch.where(mask[..., None], self.word(text), self.no_word)
+        count = mask.sum(1, keepdim=True).clamp_min(1)
+        # Divided by the square root: the sum of unrelated vectors grows with it.
+        pooled = (text * mask[..., None]).sum(1) / count.sqrt()
+        return prefix, self.caption(pooled)
+
+    def frame_before(self, embedded: Tensor) -> Tensor:
+        """Embeddings [N, P, width] of frames -> what the next frame's positions see of them [N, P, width]."""
+        if self.before is None:
+            return torch.zeros_like(embedded)
+        n, _, width = embedded.shape
+        grid = embedded.transpose(1, 2).reshape(n, width, self.side, self.side)
+        seen: Tensor = self.before(grid)
+        return seen.flatten(2).transpose(1, 2)
+
+    def place_and_time(self, frames: Tensor) -> Tensor:
+        """Frame numbers [T] -> [T, P, width]."""
+        time: Tensor = self.time(frames)
+        place: Tensor = self.place.weight
+        return time[:, None] + place[None]
+
+    def inputs(self, groups: Tensor, caption: Tensor) -> Tensor:
+        """Groups [B, T, P, G] of whole clips, caption [B, width] -> inputs [B, T*P + 1, width]; the last is the end's."""
+        b, t, p, _ = groups.shape
+        embedded = self.embed_codes(groups)  # [B, T, P, width]
+        # Position i is fed the codes of i - 1; the one behind the last frame only decides whether the clip ends.
+        shifted = torch.cat([self.start.to(embedded.dtype).expand(b, 1, -1), embedded.flatten(1, 2)], dim=1)
+        seen = self.frame_before(embedded.flatten(0, 1)).view(b, t, p, -1)
+        seen = torch.cat([torch.zeros_like(seen[:, :1]), seen], dim=1).flatten(1, 2)[:, : t * p + 1]
+        where = self.place_and_time(torch.arange(t + 1, device=groups.device)).flatten(0, 1)[: t * p + 1]
+        return shifted + seen + where + caption[:, None]
+
+    # -- forward ---------------------------------------------------------------------------------------------------
+
+    def states(self, x: Tensor, packing: Packing, cache: Cache | None = None) -> Tensor:
+        """Packed inputs [N, width] -> packed states [N, width]."""
+        for layer, block in enumerate(self.blocks):
+            if self.config.activation_checkpointing and self.training:
+                x = checkpoint(block, x, packing, use_reentrant=False)  # type: ignore[assignment]
+            else:
+                x = block(x, packing, cache, layer)
+        if cache is not None:
+            cache.length += packing.shape[1]
+        normed: Tensor = self.norm(x)
+        return normed
+
+    def forward(self, codes: Tensor, lengths: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of whole clips.
+
+        Args:
+            codes: int64 [B, T, h, w], of which clip b has the first lengths[b] frames.
+            lengths: int64 [B], 1 to T.
+            text: fp32 [B, W, text width] word vectors; mask: bool [B, W].
+
+        Returns:
+            (negative log likelihood of the codes [B], of "the clip ends here" [B]), in nats, each the mean over the
+            clip's own codes (or frames), so that the mean over clips does not depend on how they are batched.
+        """
+        t = codes.shape[1]
+        groups = self.to_groups(codes)
+        prefix, caption = self.text_inputs(text, mask)
+        x = torch.cat([prefix, self.inputs(groups, caption)], dim=1)  # [B, W + T*P + 1, width]
+        packing = Packing(prefix.shape[1] + lengths * self.positions + 1, x.shape[1])
+        states = packing.unpack(self.states(packing.pack(x), packing))[:, prefix.shape[1] :]
+        return self._code_loss(states, groups, lengths), self._end_loss(states, lengths, t)
+
+    def _code_loss(self, states: Tensor, groups: Tensor, lengths: Tensor) -> Tensor:
+        _, t, p, g = groups.shape
+        packing = Packing(lengths * p, t * p)
+        losses = self.head.loss(packing.pack(states[:, : t * p]), packing.pack(groups.flatten(1, 2)))  # [N, G]
+        return packing.unpack(losses).sum((1, 2)) / (lengths * p * g)
+
+    def _end_loss(self, states: Tensor, lengths: Tensor, t: int) -> Tensor:
+        logits = self.end(states[:, :: self.positions]).squeeze(-1).float()  # [B, T + 1]: before each frame
+        frame = torch.arange(t + 1, device=lengths.device)[None]
+        ends = (frame == lengths[:, None]).float()
+        losses = F.binary_cross_entropy_with_logits(logits, ends, reduction="none")
+        return (losses * (frame <= lengths[:, None])).sum(1) / (lengths + 1)

@@ -1,0 +1,182 @@
+"""The stages in order, on one machine: what `t2v demo` runs.
+
+    OUT/raw -> OUT/tokenizer -> OUT/tokens -> OUT/generator -> OUT/generated.gif, sheet.png, report.md
+
+Each stage is the one that its own verb runs, and skips what is done already: killed anywhere, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from t2v_ds.config import DemoConfig, EvaluateConfig, SamplingConfig, to_dict
+from t2v_ds.data.manifest import Manifest
+from t2v_ds.data.moving_shapes import combinations, draw, draw_clip, random_attributes
+from t2v_ds.data.prepare import prepare
+from t2v_ds.data.video import contact_sheet
+from t2v_ds.errors import ConfigError
+from t2v_ds.evaluation.faithfulness import accuracy, read_clip
+from t2v_ds.evaluation.reconstruction import measure_reconstruction
+from t2v_ds.evaluation.report import write_report
+from t2v_ds.generate import write_clip, write_png
+from t2v_ds.models.exported import write_atomically
+from t2v_ds.models.facade import Generator, load_generator, load_tokenizer
+from t2v_ds.tokenize import tokenize
+from t2v_ds.training.run import train_transformer, train_vqvae
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+RESULTS = "results.json"
+UNSEEN = 10**6  # clips from this number on were never in a training set
+
+
+class Stopwatch:
+    """Seconds a stage, added up over interrupted runs and kept in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+
+    def time(self, stage: str, run: Callable[[], T]) -> T:
+        """Run a stage; one that had nothing to do keeps the time that it took then."""
+        logger.info("== %s", stage)
+        start = time.monotonic()
+        try:
+            return run()
+        finally:
+            spent = time.monotonic() - start
+            if spent > 2 or stage not in self.seconds:
+                self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
+                write_atomically(self.path, (json.dumps(self.seconds, indent=1) + "\n").encode())
+
+
+def run_demo(config: DemoConfig) -> str:
+    """Run every stage of `config`, and return what to tell the user.
+
+    Raises:
+        ConfigError: another source than moving-shapes, whose clips alone can be checked against their captions.
+        UserError: see the stages.
+    """
+    if config.prepare.source != "moving-shapes":
+        raise ConfigError(f"setting 'prepare.source' is {config.prepare.source!r}; the demo allows only 'moving-shapes'")
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    raw, tokenizer, tokens, generator = (str(out / name) for name in ("raw", "tokenizer", "tokens", "generator"))
+    clock = Stopwatch(out / "timings.json")
+    replace = dataclasses.replace
+    manifest = clock.time("prepare", lambda: prepare(replace(config.prepare, out=raw)))
+    clock.time("train-vqvae", lambda: train_vqvae(replace(config.vqvae, data=raw, out=tokenizer)))
+    clock.time("tokenize", lambda: tokenize(replace(config.tokenize, data=raw, tokenizer=tokenizer, out=tokens)))
+    clock.time("train-transformer", lambda: train_transformer(replace(config.transformer, data=tokens, out=generator)))
+    results = clock.time("evaluate", lambda: _evaluate(config, manifest, Path(tokenizer), Path(generator), out))
+    write_report(out, to_dict(config), clock.seconds, results)
+    faithful = results["faithfulness"]
+    return (
+        f"\n{out}/generated.gif     '{config.prompts[0]}'\n{out}/sheet.png         what the model draws for other prompts\n"
+        f"{out}/report.md         timings, losses, PSNR, faithfulness (seen: {_percent(faithful['seen'])}; "
+        f"held out: {_percent(faithful['held out'])})\n"
+        f"\nnext:  .venv/bin/t2v generate --model {generator} --prompt 'a small blue square moves up' --out x.gif\n"
+        f"       .venv/bin/tensorboard --logdir {out}"
+    )
+
+
+def _percent(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {100 * values[name]:.0f} %" for name in ("colour", "shape", "direction"))
+
+
+def _evaluate(config: DemoConfig, manifest: Manifest, tokenizer: Path, generator: Path, out: Path) -> dict[str, Any]:
+    """Measure both models, draw the clips to show, and keep the results in a file."""
+    path = out / RESULTS
+    if path.is_file() and (out / "sheet.png").is_file():
+        return dict(json.loads(path.read_text()))
+    size, low, high = config.prepare.image_size, config.prepare.min_frames, config.prepare.max_frames
+    unseen = [draw_clip(UNSEEN + i, config.prepare.seed, size, low, high)[0] for i in range(config.evaluate.reconstruction_clips)]
+    model = load_generator(generator, precision=config.transformer.train.precision)
+    results: dict[str, Any] = {
+        "data": {"clips": manifest.total_clips, "frames": manifest.total_frames, "rejected": manifest.rejected},
+        "reconstruction": dataclasses.asdict(measure_reconstruction(load_tokenizer(tokenizer), unseen)),
+        "losses": {name: _last_metrics(folder) for name, folder in (("vqvae", tokenizer), ("transformer", generator))},
+    }
+    prompted = choose_prompts(config.evaluate.prompts)
+    drawn = _draw(model, prompted, config.evaluate)
+    results["faithfulness"] = judge(prompted, drawn, true_clips(prompted, config.prepare.seed, size, low, high))
+    _show(config, model, prompted, drawn, out)
+    write_atomically(path, (json.dumps(results, indent=1) + "\n").encode())
+    return results
+
+
+Prompted = tuple[str, str, str, bool]  # colour, shape, direction, held out
+
+
+def choose_prompts(count: int) -> list[Prompted]:
+    """Combinations to draw, spread evenly: the first half seen in training, the second half held out."""
+    chosen: list[Prompted] = []
+    for held_out, number in ((False, count - count // 2), (True, count // 2)):
+        triples = combinations(held_out)
+        order = np.random.Generator(np.random.PCG64(0)).permutation(len(triples))
+        chosen += [(*triples[order[i % len(triples)]], held_out) for i in range(number)]
+    return chosen
+
+
+def prompt_of(prompted: Prompted) -> str:
+    """The plainest caption of a combination."""
+    colour, shape, direction, _ = prompted
+    return f"a {colour} {shape} moves {direction}"
+
+
+def _draw(model: Generator, prompted: list[Prompted], config: EvaluateConfig) -> list[np.ndarray]:
+    return model.generate([prompt_of(one) for one in prompted], config.sampling, batch=config.batch, progress=True)
+
+
+def true_clips(prompted: list[Prompted], seed: int, size: int, min_frames: int, max_frames: int) -> list[np.ndarray]:
+    """Clips as the source draws them for the same combinations, to check the program that judges."""
+    clips = []
+    for number, (colour, shape, direction, _) in enumerate(prompted):
+        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, UNSEEN, number])))
+        clips.append(draw(random_attributes(rng, colour, shape, direction), rng, size, min_frames, max_frames))
+    return clips
+
+
+def judge(prompted: list[Prompted], drawn: list[np.ndarray], true: list[np.ndarray]) -> dict[str, dict[str, float]]:
+    """Accuracy of colour, shape and direction: seen, held out, and for reference true clips with their own and with shuffled captions."""
+    wanted = [one[:3] for one in prompted]
+    readings, references = [read_clip(clip) for clip in drawn], [read_clip(clip) for clip in true]
+    shuffled = np.random.Generator(np.random.PCG64(1)).permutation(len(wanted))
+    seen = [i for i, one in enumerate(prompted) if not one[3]]
+    held_out = [i for i, one in enumerate(prompted) if one[3]]
+    return {
+        "seen": accuracy([readings[i] for i in seen], [wanted[i] for i in seen]),
+        "held out": accuracy([readings[i] for i in held_out], [wanted[i] for i in held_out]),
+        "true clips": accuracy(references, wanted),
+        "true clips, shuffled captions": accuracy(references, [wanted[i] for i in shuffled]),
+    }
+
+
+def _show(config: DemoConfig, model: Generator, prompted: list[Prompted], drawn: list[np.ndarray], out: Path) -> None:
+    """The contact sheet of eight clips, half of them held out, and a GIF for each of the demo's prompts."""
+    half = len(prompted) // 2
+    shown = [*range(min(4, half)), *range(len(prompted) - half, min(len(prompted) - half + 4, len(prompted)))]
+    captions = [prompt_of(prompted[i]) + (" (held out)" if prompted[i][3] else "") for i in shown]
+    clips = model.generate(config.prompts, _sampling(config))
+    sheet = contact_sheet([*clips, *(drawn[i] for i in shown)], [*config.prompts, *captions])
+    names = ["generated.gif", *(f"generated-{i}.gif" for i in range(1, len(clips)))]
+    for name, frames in zip(names, clips, strict=True):
+        write_clip(out / name, frames, model.frame_duration_ms)
+    write_png(out / "sheet.png", sheet)
+
+
+def _sampling(config: DemoConfig) -> SamplingConfig:
+    return config.evaluate.sampling
+
+
+def _last_metrics(run: Path) -> dict[str, float]:
+    return dict(json.loads((run / "DONE").read_text())["metrics"])

@@ -1,0 +1,151 @@
+"""The two training stages: data folder -> stream + objective -> the step loop -> model folder.
+
+    raw shards   -> frames of random clips          -> VQVAEObjective       -> tokenizer
+    token shards -> codes + captions as word vectors -> TransformerObjective -> generator
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from t2v_ds.config import TransformerRunConfig, VQVAERunConfig, to_dict
+from t2v_ds.data.shards import ShardDataset
+from t2v_ds.data.stream import ClipStream, Sample, codes_batch, frames_batch, random_frames
+from t2v_ds.errors import ConfigError
+from t2v_ds.models.facade import load_tokenizer, require_same_tokenizer
+from t2v_ds.models.text import build_text_encoder
+from t2v_ds.training.distributed import connect
+from t2v_ds.training.ds_config import accumulation_steps
+from t2v_ds.training.loop import seed_generators, train
+from t2v_ds.training.objectives import Clips, TransformerObjective, VQVAEObjective
+
+logger = logging.getLogger(__name__)
+
+EXAMPLES = 16  # frames in the reconstruction grid
+PROMPTS = 4  # captions of the data drawn in TensorBoard when none are given
+TOKENIZER_FOLDER = "tokenizer"  # beside token shards
+
+
+def train_vqvae(config: VQVAERunConfig) -> dict[str, float]:
+    """Train the VQ-VAE of `config` to the end, or go on where an earlier call stopped; every rank calls.
+
+    Returns:
+        The last logged metrics.
+
+    Raises:
+        UserError: see `loop.train`, `ShardDataset` and `VQVAELosses`.
+    """
+    _require_folders(config.data, config.out)
+    collectives = connect()
+    with ShardDataset(config.data, "raw", config.chunk) as dataset:
+        if dataset.manifest.image_size != config.model.image_size:
+            raise ConfigError(
+                f"setting 'model.image_size' is {config.model.image_size}, but {config.data} holds frames of "
+                f"{dataset.manifest.image_size} pixels: set model.image_size={dataset.manifest.image_size}, or prepare the data again"
+            )
+        micro, _ = accumulation_steps(config.train, collectives.world_size)
+        seed_generators(config.seed, 0, 0)  # the same start on all ranks
+        objective = VQVAEObjective(config, collectives, _examples(dataset))
+        stream = ClipStream(
+            dataset, config.train.batch, collectives.rank, collectives.world_size, config.seed, config.train.data_threads,
+            random_frames(config.frames_per_clip), micro,
+        )  # fmt: skip
+        with stream:
+            settings = _settings(config)
+            return train(objective, stream, config.train, Path(config.out), config.seed, settings, frames_batch, description="vqvae")
+
+
+def _examples(dataset: ShardDataset) -> np.ndarray:
+    """The middle frames of clips spread over the data: uint8 [N, H, W, 3]."""
+    numbers = np.unique(np.linspace(0, len(dataset) - 1, EXAMPLES).astype(int))
+    clips = [dataset.read(int(i))["frames"] for i in numbers]
+    return np.stack([clip[len(clip) // 2] for clip in clips])
+
+
+def train_transformer(config: TransformerRunConfig) -> dict[str, float]:
+    """Train the transformer of `config` to the end, or go on where an earlier call stopped; every rank calls.
+
+    Returns:
+        The last logged metrics.
+
+    Raises:
+        CheckpointError: the tokenizer is not the one that made the token shards (names both ids).
+        UserError: see `loop.train` and `ShardDataset`.
+    """
+    _require_folders(config.data, config.out)
+    collectives = connect()
+    with ShardDataset(config.data, "tokens") as dataset:
+        folder = config.tokenizer or str(Path(config.data) / TOKENIZER_FOLDER)
+        tokenizer = load_tokenizer(folder)
+        require_same_tokenizer(dataset.manifest.tokenizer_id, f"data {config.data}", tokenizer.tokenizer_id, folder)
+        text = build_text_encoder(config.text)
+        config = dataclasses.replace(config, model=_fit_model(config, dataset, text.width))
+        seed_generators(config.seed, 0, 0)
+        prompts = config.sample_prompts or tuple(dataset.caption(i) for i in range(min(PROMPTS, len(dataset))))
+        objective = TransformerObjective(config, tokenizer, text, _clips(dataset), prompts)
+        micro, _ = accumulation_steps(config.train, collectives.world_size)
+        stream = ClipStream(
+            dataset, config.train.batch, collectives.rank, collectives.world_size, config.seed, config.train.data_threads,
+            _DropCaptions(config.caption_dropout), micro,
+        )  # fmt: skip
+
+        def collate(samples: list[Sample]) -> dict[str, Any]:
+            batch = codes_batch(samples)
+            vectors, mask = text.encode(batch["captions"])
+            return {"codes": batch["codes"], "lengths": batch["lengths"], "text": vectors, "mask": mask}
+
+        with stream:
+            settings = _settings(config)
+            metrics = train(objective, stream, config.train, Path(config.out), config.seed, settings, collate, description="transformer")
+        text.log_truncated()
+        return metrics
+
+
+class _DropCaptions:
+    """A load function that empties a share of the captions, so that the model also learns clips without one."""
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        return {**sample, "caption": ""} if rng.random() < self.share else sample
+
+
+def _fit_model(config: TransformerRunConfig, dataset: ShardDataset, text_width: int) -> Any:
+    """The model's settings with what the data decides filled in.
+
+    Raises:
+        ConfigError: the data has longer clips than `model.max_frames`.
+    """
+    manifest, longest = dataset.manifest, int(dataset.lengths.max())
+    if longest > config.model.max_frames:
+        raise ConfigError(f"setting 'model.max_frames' is {config.model.max_frames}, but {config.data} holds clips of {longest} frames")
+    return dataclasses.replace(
+        config.model, grid_size=manifest.grid_size, codebook_size=manifest.codebook_size, text_width=text_width
+    )  # fmt: skip
+
+
+def _clips(dataset: ShardDataset) -> Clips:
+    """Bounds of the lengths, and the usual duration of a frame."""
+    some = np.unique(np.linspace(0, len(dataset) - 1, 256).astype(int))
+    durations = [duration for i in some for duration in dataset.read(int(i))["durations_ms"]]
+    return Clips(int(dataset.lengths.min()), int(dataset.lengths.max()), max(20, int(np.median(durations))))
+
+
+def _require_folders(data: str, out: str) -> None:
+    for flag, value in (("--data", data), ("--out", out)):
+        if not value:
+            raise ConfigError(f"{flag} is not given; name a folder")
+
+
+def _settings(config: VQVAERunConfig | TransformerRunConfig) -> dict[str, Any]:
+    """The run's settings as they are kept with it, without where it lies."""
+    settings = to_dict(config)
+    for name in ("out", "data"):  # a moved folder is the same run; the data's digest is compared on resume
+        settings.pop(name)
+    return settings
