@@ -30,9 +30,14 @@ SHAPES = ("circle", "square", "triangle")
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y)
 RADII = {"small": 0.125, "large": 0.1875}  # half the side of the bounding box, as a share of the frame's side
 SPEEDS = {"slowly": 1 / 64, "quickly": 2 / 64}  # of the frame's side, a frame
-BACKGROUNDS = ("dark", "light")
+# Two shades each; of low saturation, so that colour always belongs to the shape.
+BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
+    "dark": ((24, 24, 30), (62, 58, 56)),
+    "light": ((236, 236, 228), (190, 194, 204)),
+}
 PATTERNS = ("plain", "gradient", "horizon")
 
+_GRID = 64  # places a side where a shape may start: coarse enough for a small codebook to know them all
 _SUPERSAMPLING = 4  # drawn this much larger, then averaged: smooth edges
 _STREAM = 0x5A9E5  # keeps this module's random streams apart from others with the same seed
 
@@ -96,7 +101,7 @@ def random_attributes(rng: np.random.Generator, colour: str, shape: str, directi
         direction,
         size=str(rng.choice(list(RADII))),
         speed=str(rng.choice(list(SPEEDS))),
-        background=str(rng.choice(BACKGROUNDS)),
+        background=str(rng.choice(list(BACKGROUNDS))),
         pattern=str(rng.choice(PATTERNS)),
     )
 
@@ -129,6 +134,7 @@ def draw(attributes: Attributes, rng: np.random.Generator, size: int, min_frames
     axis = int(np.abs(along).argmax())
     first = radius + rng.random() * free
     start[axis] = first if along[axis] > 0 else 1 - first
+    start = np.round(start * _GRID) / _GRID
     canvas = _background(attributes, rng, size * _SUPERSAMPLING)
     frames = np.empty((length, size, size, 3), dtype=np.uint8)
     for t in range(length):
@@ -172,16 +178,16 @@ def _draw_shape(image: Image.Image, attributes: Attributes, centre: np.ndarray, 
 
 
 def _background(attributes: Attributes, rng: np.random.Generator, pixels: int) -> Image.Image:
-    """A background of low saturation, so that colour always belongs to the shape."""
-    low, high = (20, 70) if attributes.background == "dark" else (185, 235)
-    ends = rng.uniform(low, high, size=(2, 1)) + rng.uniform(-10, 10, size=(2, 3))
+    """Plain, a gradient from top to bottom, or two halves that meet at a horizon; either shade may be on top."""
+    shades = np.array(BACKGROUNDS[attributes.background], dtype=np.float64)
+    if rng.random() < 0.5:
+        shades = shades[::-1]
     down = (np.arange(pixels) + 0.5) / pixels  # [S] in 0..1
     if attributes.pattern == "plain":
         mix = np.zeros(pixels)
     elif attributes.pattern == "gradient":
         mix = down
     else:
-        mix = (down > rng.integers(2, 7) / 8).astype(np.float64)
-    column = ends[0] + (ends[1] - ends[0]) * mix[:, None]  # [S, 3]
-    colours = np.repeat(column[:, None], pixels, axis=1)
-    return Image.fromarray(colours.clip(0, 255).astype(np.uint8))
+        mix = (down > rng.integers(3, 6) / 8).astype(np.float64)
+    column = shades[0] + (shades[1] - shades[0]) * mix[:, None]  # [S, 3]
+    return Image.fromarray(np.repeat(column[:, None], pixels, axis=1).round().astype(np.uint8))

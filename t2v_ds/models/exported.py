@@ -44,7 +44,8 @@ def sync_folder(folder: Path) -> None:
 def export_model(folder: str | Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:
     """Write `config.json` and `model.safetensors` into `folder`, which is made if missing.
 
-    The weights name the config they belong to, so that a folder killed between the two renames is noticed when loaded.
+    The weights name the config they belong to, so that a folder killed between the two renames is noticed when loaded,
+    and carry a hash of themselves, so that a changed byte is: safetensors has none.
 
     Args:
         folder: where to write; other files in it are left alone.
@@ -64,7 +65,7 @@ def export_model(folder: str | Path, config: dict[str, Any], state: dict[str, Te
         seen[identity] = name
         unique[name] = tensor.detach().cpu().contiguous().clone()
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    notes = {"tied": tied, "config_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    notes = {"tied": tied, "config_sha256": hashlib.sha256(text.encode()).hexdigest(), "content": content_id({}, state)}
     write_atomically(folder / WEIGHTS_FILE, save_bytes(unique, {METADATA_KEY: json.dumps(notes, sort_keys=True)}))
     write_atomically(folder / CONFIG_FILE, text.encode())
 
@@ -96,6 +97,8 @@ def load_exported(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         size = (folder / WEIGHTS_FILE).stat().st_size
         raise CheckpointError(f"{folder / WEIGHTS_FILE} ({size} bytes) is cut or damaged: {error}; copy or train it again") from error
+    if notes.get("content") not in (None, content_id({}, state)):
+        raise CheckpointError(f"{folder / WEIGHTS_FILE} is damaged: a byte has changed since it was written; copy or train it again")
     recorded = notes.get("config_sha256")
     if recorded is not None and recorded != hashlib.sha256(text).hexdigest():
         raise CheckpointError(

@@ -9,7 +9,7 @@
     itself autoregressive over the group), and "does the clip end here?" at each frame's first position.
 
 Real lengths: clips of a batch are packed for everything that works position by position; only attention sees them
-padded to the longest of the batch, which the causal mask makes harmless. A clip of 17 frames costs 17 frames.
+padded, to the longest of those of like length, which the causal mask makes harmless. A clip of 17 frames costs 17 frames.
 
 The blocks are those of Radford et al. 2019 (pre-norm) with RMSNorm (Zhang & Sennrich 2019) and normalised queries
 and keys (Dehghani et al. 2023). `frame_states` is the seam for decoding a whole frame a pass.
@@ -52,13 +52,25 @@ class Cache:
 
 
 class Packing:
-    """Packs the valid positions of a padded batch, and unpacks them: [B, L, ...] <-> [N, ...]."""
+    """Packs the valid positions of a padded batch, and unpacks them: [B, L, ...] <-> [N, ...].
+
+    `groups` holds, where lengths differ much, for clips of like length their rows of the packed batch and a packing of
+    their own: attention pads a clip to at most twice its own length, however long the longest of the batch is.
+    """
 
     def __init__(self, lengths: Tensor, longest: int) -> None:
         self.shape = (len(lengths), longest)
         valid = torch.arange(longest, device=lengths.device)[None] < lengths[:, None]  # [B, L]
         self.full = bool(valid.all())
         self.index = valid.flatten().nonzero().flatten()  # [N]
+        self.groups: list[tuple[Tensor, Packing]] = []
+        octave = lengths.clamp_min(1).log2().floor().long()  # [B]
+        if bool((octave != octave[0]).any()):
+            clip = self.index // longest  # [N]
+            for one in octave.unique():
+                rows = (octave[clip] == one).nonzero().flatten()
+                members = lengths[octave == one]
+                self.groups.append((rows, Packing(members, int(members.max()))))
 
     def pack(self, padded: Tensor) -> Tensor:
         """[B, L, ...] -> [N, ...]."""
@@ -110,6 +122,15 @@ class Block(nn.Module):
     def _attend(self, x: Tensor, packing: Packing, cache: Cache | None, layer: int) -> Tensor:
         q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)  # [N, heads, head width]
         q, k = self.query_norm(q).to(v.dtype), self.key_norm(k).to(v.dtype)
+        if not packing.groups:
+            return self._attend_group(q, k, v, packing, cache, layer)
+        y = torch.empty_like(x, dtype=v.dtype)
+        for rows, group in packing.groups:
+            y = y.index_copy(0, rows, self._attend_group(q[rows], k[rows], v[rows], group, None, layer))
+        return y
+
+    def _attend_group(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, cache: Cache | None, layer: int) -> Tensor:
+        """Packed queries, keys and values [N, heads, head width] -> packed [N, width]."""
         q, k, v = (packing.unpack(one).transpose(1, 2) for one in (q, k, v))  # [B, heads, L, head width]
         if cache is not None:
             k, v = cache.append(layer, k, v)
@@ -181,6 +202,8 @@ class VideoTransformer(nn.Module):
         self.head = GroupHead(config)
         self.end = nn.Linear(width, 1)
         self.apply(self._init)
+        for table in (self.place, self.time):  # as loud as the codes that they are added to
+            nn.init.normal_(table.weight, std=0.3)
         for block in self.blocks:  # residual branches start small (Radford et al. 2019)
             for name in ("out.weight", "down.weight"):
                 nn.init.normal_(block.get_parameter(name), std=0.02 / (2 * config.layers) ** 0.5)
@@ -193,6 +216,26 @@ class VideoTransformer(nn.Module):
             nn.init.zeros_(module.bias)
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, std=0.02)
+
+    @torch.no_grad()
+    def initialise_codes(self, codebook: Tensor) -> None:
+        """Start the embeddings and the logits of codes as random projections of the tokenizer's codebook [K, D].
+
+        Codes that look alike then begin alike, and what is learned of one holds for its neighbours; from unrelated
+        vectors this alone takes hundreds of steps.
+        """
+        centred = codebook.float() - codebook.float().mean(0)
+        centred = centred / centred.square().mean().sqrt().clamp_min(1e-6)
+
+        def project(weight: Tensor, std: float) -> None:
+            weight.copy_(centred @ (torch.randn(centred.shape[1], weight.shape[1]) * std / centred.shape[1] ** 0.5))
+
+        for table in self.codes:
+            project(table.get_parameter("weight"), 0.3)
+        for table in self.head.given:
+            project(table.get_parameter("weight"), 0.3)
+        for logits in self.head.logits:
+            project(logits.get_parameter("weight"), 0.05)
 
     # -- codes <-> groups ------------------------------------------------------------------------------------------
 
@@ -232,20 +275,21 @@ class VideoTransformer(nn.Module):
         return seen.flatten(2).transpose(1, 2)
 
     def place_and_time(self, frames: Tensor) -> Tensor:
-        """Frame numbers [T] -> [T, P, width]."""
+        """Frame numbers [...] -> [..., P, width]."""
         time: Tensor = self.time(frames)
         place: Tensor = self.place.weight
-        return time[:, None] + place[None]
+        return time[..., None, :] + place
 
-    def inputs(self, groups: Tensor, caption: Tensor) -> Tensor:
-        """Groups [B, T, P, G] of whole clips, caption [B, width] -> inputs [B, T*P + 1, width]; the last is the end's."""
+    def inputs(self, groups: Tensor, caption: Tensor, starts: Tensor) -> Tensor:
+        """Groups [B, T, P, G] from frame starts [B] on, caption [B, width] -> inputs [B, T*P + 1, width]; the last is the end's."""
         b, t, p, _ = groups.shape
         embedded = self.embed_codes(groups)  # [B, T, P, width]
         # Position i is fed the codes of i - 1; the one behind the last frame only decides whether the clip ends.
         shifted = torch.cat([self.start.to(embedded.dtype).expand(b, 1, -1), embedded.flatten(1, 2)], dim=1)
         seen = self.frame_before(embedded.flatten(0, 1)).view(b, t, p, -1)
         seen = torch.cat([torch.zeros_like(seen[:, :1]), seen], dim=1).flatten(1, 2)[:, : t * p + 1]
-        where = self.place_and_time(torch.arange(t + 1, device=groups.device)).flatten(0, 1)[: t * p + 1]
+        frames = (starts[:, None] + torch.arange(t + 1, device=groups.device)).clamp_max(self.config.max_frames)  # [B, T + 1]
+        where = self.place_and_time(frames).flatten(1, 2)[:, : t * p + 1]
         return shifted + seen + where + caption[:, None]
 
     # -- forward ---------------------------------------------------------------------------------------------------
@@ -262,25 +306,29 @@ class VideoTransformer(nn.Module):
         normed: Tensor = self.norm(x)
         return normed
 
-    def forward(self, codes: Tensor, lengths: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss of whole clips.
+    def forward(self, codes: Tensor, lengths: Tensor, text: Tensor, mask: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Loss of clips.
 
         Args:
             codes: int64 [B, T, h, w], of which clip b has the first lengths[b] frames.
             lengths: int64 [B], 1 to T.
             text: fp32 [B, W, text width] word vectors; mask: bool [B, W].
+            starts: int64 [B]: number in its clip of the first frame given; -1: the clip is whole. None: all are whole.
+                A part of a clip is drawn as if nothing came before it, and says nothing about where clips end.
 
         Returns:
             (negative log likelihood of the codes [B], of "the clip ends here" [B]), in nats, each the mean over the
             clip's own codes (or frames), so that the mean over clips does not depend on how they are batched.
         """
+        whole = torch.ones_like(lengths, dtype=torch.bool) if starts is None else starts < 0
+        first = torch.zeros_like(lengths) if starts is None else starts.clamp_min(0)
         t = codes.shape[1]
         groups = self.to_groups(codes)
         prefix, caption = self.text_inputs(text, mask)
-        x = torch.cat([prefix, self.inputs(groups, caption)], dim=1)  # [B, W + T*P + 1, width]
+        x = torch.cat([prefix, self.inputs(groups, caption, first)], dim=1)  # [B, W + T*P + 1, width]
         packing = Packing(prefix.shape[1] + lengths * self.positions + 1, x.shape[1])
         states = packing.unpack(self.states(packing.pack(x), packing))[:, prefix.shape[1] :]
-        return self._code_loss(states, groups, lengths), self._end_loss(states, lengths, t)
+        return self._code_loss(states, groups, lengths), self._end_loss(states, lengths, t) * whole
 
     def _code_loss(self, states: Tensor, groups: Tensor, lengths: Tensor) -> Tensor:
         _, t, p, g = groups.shape

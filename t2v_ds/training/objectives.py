@@ -130,12 +130,13 @@ class TransformerObjective(Objective):
     ) -> None:
         super().__init__()
         self.model = VideoTransformer(config.model)
+        self.model.initialise_codes(tokenizer.model.quantizer.codebook)
         self.config, self.clips, self.prompts = config, clips, list(prompts)
         self.text, self.tokenizer = text, [tokenizer]  # in a list: frozen, and no part of what is trained
 
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """{"codes": [B, T, h, w], "lengths": [B], "text": [B, W, D], "mask": [B, W]} -> (loss, losses by name)."""
-        codes, end = self.model(batch["codes"], batch["lengths"], batch["text"], batch["mask"])
+        """{"codes": [B, T, h, w], "lengths", "starts": [B], "text": [B, W, D], "mask": [B, W]} -> (loss, losses by name)."""
+        codes, end = self.model(batch["codes"], batch["lengths"], batch["text"], batch["mask"], batch["starts"])
         codes, end = codes.mean(), end.mean()
         metrics = {"loss/codes": codes.detach(), "loss/end": end.detach(), "quality/bits_per_code": codes.detach() / math.log(2)}
         return codes + END_WEIGHT * end, metrics

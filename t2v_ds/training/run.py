@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from t2v_ds.config import TransformerRunConfig, VQVAERunConfig, to_dict
 from t2v_ds.data.shards import ShardDataset
@@ -91,13 +92,14 @@ def train_transformer(config: TransformerRunConfig) -> dict[str, float]:
         micro, _ = accumulation_steps(config.train, collectives.world_size)
         stream = ClipStream(
             dataset, config.train.batch, collectives.rank, collectives.world_size, config.seed, config.train.data_threads,
-            _DropCaptions(config.caption_dropout), micro,
+            _Vary(config.caption_dropout, config.image_share), micro,
         )  # fmt: skip
 
         def collate(samples: list[Sample]) -> dict[str, Any]:
             batch = codes_batch(samples)
             vectors, mask = text.encode(batch["captions"])
-            return {"codes": batch["codes"], "lengths": batch["lengths"], "text": vectors, "mask": mask}
+            starts = torch.tensor([sample["start"] for sample in samples])
+            return {"codes": batch["codes"], "lengths": batch["lengths"], "starts": starts, "text": vectors, "mask": mask}
 
         with stream:
             settings = _settings(config)
@@ -106,14 +108,23 @@ def train_transformer(config: TransformerRunConfig) -> dict[str, float]:
         return metrics
 
 
-class _DropCaptions:
-    """A load function that empties a share of the captions, so that the model also learns clips without one."""
+class _Vary:
+    """A load function that empties a share of the captions and cuts a share of the clips to one frame.
 
-    def __init__(self, share: float) -> None:
-        self.share = share
+    Without captions the model learns clips as such, for guidance. A clip's first frame settles what it shows; single
+    frames are cheap practice in drawing one (joint training on images and video, Ho et al. 2022).
+    """
+
+    def __init__(self, caption_dropout: float, image_share: float) -> None:
+        self.caption_dropout, self.image_share = caption_dropout, image_share
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        return {**sample, "caption": ""} if rng.random() < self.share else sample
+        caption = "" if rng.random() < self.caption_dropout else sample["caption"]
+        codes, start = sample["codes"], -1
+        if rng.random() < self.image_share:
+            start = int(rng.integers(len(codes)))
+            codes = codes[start : start + 1]
+        return {**sample, "caption": caption, "codes": codes, "start": start}
 
 
 def _fit_model(config: TransformerRunConfig, dataset: ShardDataset, text_width: int) -> Any:

@@ -1,0 +1,183 @@
+"""Drawing codes: the cache changes nothing, filters are exact, seeds belong to clips, lengths are kept."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from t2v_ds.config import SamplingConfig, TransformerConfig
+from t2v_ds.models.sampling import Draws, draw, filter_logits, sample_codes
+from t2v_ds.models.transformer import VideoTransformer
+
+K, TEXT, LONGEST = 13, 5, 6
+
+
+def make(group: int = 2, end: float | None = None, **settings: Any) -> VideoTransformer:
+    """A small model with large weights, so that its choices depend on everything; `end`: what it always says about ending."""
+    torch.manual_seed(0)
+    values: dict[str, Any] = {"width": 16, "layers": 2, "heads": 2, "max_frames": LONGEST, "grid_size": 4, "codebook_size": K}
+    model = VideoTransformer(TransformerConfig(group=group, text_width=TEXT, **{**values, **settings}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.4)
+        if end is not None:
+            model.end.weight.zero_()
+            model.end.bias.fill_(end)
+    return model.eval()
+
+
+def captions(b: int, seed: int = 1) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.arange(3)[None] < torch.randint(1, 4, (b, 1), generator=generator)
+    return torch.randn(b, 3, TEXT, generator=generator) * mask[..., None], mask
+
+
+@torch.no_grad()
+def teacher_forced(model: VideoTransformer, codes: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [B, T*P*G, K] and end logits [B, T + 1] of a forward pass over whole clips, without a cache."""
+    slots: list[Tensor] = []
+    ends: list[Tensor] = []
+    hooks = [layer.register_forward_hook(lambda _, __, out: slots.append(out)) for layer in model.head.logits]
+    hooks.append(model.end.register_forward_hook(lambda _, __, out: ends.append(out)))
+    b, t = codes.shape[:2]
+    model(codes, torch.full((b,), t), text, mask)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(slots, dim=1).view(b, -1, K), ends[0].squeeze(-1)
+
+
+@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize("kernel", [0, 3])
+def test_drawing_with_the_cache_equals_computing_everything_anew(group: int, guidance: float, kernel: int) -> None:
+    """112 positions a clip, so that the cache also grows (it starts with room for 64)."""
+    model = make(group, previous_frame_kernel=kernel)
+    text, mask = captions(3)
+    drawn = sample_codes(model, text, mask, SamplingConfig(temperature=0, guidance=guidance, frames=LONGEST))
+    codes = torch.stack(drawn)
+    assert codes.shape == (3, LONGEST, 4, 4)
+    logits, _ = teacher_forced(model, codes, text, mask)
+    if guidance != 1:
+        free, _ = teacher_forced(model, codes, torch.zeros_like(text), torch.zeros_like(mask))
+        logits = free + guidance * (logits - free)
+    chosen = logits.gather(-1, model.to_groups(codes).flatten(1)[..., None]).squeeze(-1)
+    best = logits.amax(-1)
+    assert float((best - chosen).max()) < 1e-3  # the likeliest (or one that ties with it up to rounding)
+    assert float((best - logits.mean(-1)).min()) > 0.1  # which is not just any
+    assert len(codes.unique()) > 4
+    assert not torch.equal(codes[0], codes[1])  # the caption matters
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_the_length_is_what_the_whole_forward_pass_says(guidance: float) -> None:
+    model = make()
+    with torch.no_grad():
+        model.end.weight.normal_()
+        model.end.bias.fill_(-2)
+    text, mask = captions(12)
+    drawn = sample_codes(model, text, mask, SamplingConfig(guidance=guidance, seed=3))
+    lengths = [len(codes) for codes in drawn]
+    assert len(set(lengths)) > 1
+    for b, codes in enumerate(drawn):
+        one = slice(b, b + 1)
+        _, ends = teacher_forced(model, codes[None], text[one], mask[one])
+        if guidance != 1:
+            _, free = teacher_forced(model, codes[None], torch.zeros_like(text[one]), torch.zeros_like(mask[one]))
+            ends = free + guidance * (ends - free)
+        decisions = (ends[0] > 0).tolist()  # before each frame, and behind the last
+        assert not any(decisions[1 : len(codes)])  # the first frame is always drawn
+        assert decisions[len(codes)] or len(codes) == LONGEST
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_clip_depends_on_its_seed_and_number_and_not_on_those_beside_it(guidance: float) -> None:
+    model = make()
+    text, mask = captions(4)
+    config = SamplingConfig(guidance=guidance, seed=7, temperature=1.5)
+    together = sample_codes(model, text, mask, config)
+    for clip in range(4):
+        one = slice(clip, clip + 1)
+        [alone] = sample_codes(model, text[one], mask[one], config, first_clip=clip)
+        assert torch.equal(alone, together[clip])
+    pair = sample_codes(model, text[2:], mask[2:], config, first_clip=2)
+    assert all(torch.equal(a, b) for a, b in zip(pair, together[2:], strict=True))
+    again = sample_codes(model, text, mask, config)
+    assert all(torch.equal(a, b) for a, b in zip(again, together, strict=True))
+    other = sample_codes(model, text, mask, SamplingConfig(guidance=guidance, seed=8, temperature=1.5))
+    assert not torch.equal(other[0][:1], together[0][:1])
+    same_text = sample_codes(model, text[:1].expand(2, -1, -1), mask[:1].expand(2, -1), config)
+    assert not torch.equal(same_text[0][:1], same_text[1][:1])  # one prompt twice: two clips
+
+
+def kept(logits: list[float], top_k: int = 0, top_p: float = 1.0) -> list[int]:
+    filtered = filter_logits(torch.tensor([logits]), top_k, top_p)[0]
+    assert all(value in (-math.inf, before) for value, before in zip(filtered.tolist(), torch.tensor(logits).tolist(), strict=True))
+    return filtered.isfinite().nonzero().flatten().tolist()
+
+
+def test_top_k_and_top_p_keep_exactly_what_they_say() -> None:
+    logits = [math.log(p) for p in (0.1, 0.4, 0.05, 0.3, 0.15)]
+    assert kept(logits) == [0, 1, 2, 3, 4]
+    assert kept(logits, top_k=1) == [1]
+    assert kept(logits, top_k=3) == [1, 3, 4]
+    assert kept(logits, top_k=5) == kept(logits, top_k=99) == [0, 1, 2, 3, 4]
+    assert kept(logits, top_p=0.01) == [1]  # the likeliest always stays
+    assert kept(logits, top_p=0.39) == [1]
+    assert kept(logits, top_p=0.41) == [1, 3]
+    assert kept(logits, top_p=0.69) == [1, 3]
+    assert kept(logits, top_p=0.71) == [1, 3, 4]
+    assert kept(logits, top_p=0.96) == [0, 1, 2, 3, 4]
+    # Together: the nucleus of what top-k left, whose shares are then 4/7 and 3/7.
+    assert kept(logits, top_k=2, top_p=0.55) == [1]
+    assert kept(logits, top_k=2, top_p=0.58) == [1, 3]
+    rows = torch.tensor([logits, logits[::-1]])
+    assert filter_logits(rows, 2, 1.0).isfinite().tolist() == [[False, True, False, True, False], [False, True, False, True, False]]
+
+
+def test_draws_follow_the_filtered_distribution() -> None:
+    n = 4000
+    logits = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15]).log().expand(n, -1)
+    wanted = {
+        (1.0, 0, 1.0): [0.1, 0.4, 0.05, 0.3, 0.15],
+        (1.0, 2, 1.0): [0, 4 / 7, 0, 3 / 7, 0],
+        (1.0, 0, 0.8): [0, 0.4 / 0.85, 0, 0.3 / 0.85, 0.15 / 0.85],
+        (0.5, 0, 1.0): [p * p / 0.285 for p in (0.1, 0.4, 0.05, 0.3, 0.15)],
+        (0.0, 0, 1.0): [0, 1, 0, 0, 0],
+    }
+    for (temperature, top_k, top_p), shares in wanted.items():
+        config = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
+        drawn = draw(logits, config, Draws(0, list(range(n))))
+        found = torch.bincount(drawn, minlength=5) / n
+        for share, expected in zip(found.tolist(), shares, strict=True):
+            assert share == pytest.approx(expected, abs=0 if expected in (0, 1) else 4 * (0.25 / n) ** 0.5)
+
+
+def test_temperature_0_ignores_the_seed() -> None:
+    model = make()
+    text, mask = captions(2)
+    first, second = (sample_codes(model, text, mask, SamplingConfig(temperature=0, seed=seed)) for seed in (0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_lengths_are_kept(guidance: float) -> None:
+    text, mask = captions(3)
+
+    def lengths(end: float, frames: int = 0, **bounds: Any) -> set[int]:
+        config = SamplingConfig(guidance=guidance, frames=frames)
+        return {len(codes) for codes in sample_codes(make(end=end), text, mask, config, **bounds)}
+
+    always, never = 5.0, -5.0
+    assert lengths(always) == {1}
+    assert lengths(always, min_frames=3) == {3}
+    assert lengths(never) == {LONGEST}
+    assert lengths(never, max_frames=4) == {4}
+    assert lengths(never, max_frames=99) == {LONGEST}
+    for end in (always, never):
+        assert lengths(end, min_frames=2, max_frames=5, frames=4) == {4}
+        assert lengths(end, frames=LONGEST) == {LONGEST}
+        assert lengths(end, frames=1) == {1}
