@@ -291,7 +291,7 @@ def main() -> None:
     except UserError as error:
         code = _say(str(error), rank)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         code = _say(f"the disk is full{f' ({error.filename})' if error.filename else ''}: make room, then run the same command again", rank)
     except KeyboardInterrupt:

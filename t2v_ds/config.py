@@ -8,6 +8,7 @@ valid ones; a value of the wrong type or out of range is an error that names the
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Iterable
@@ -461,9 +462,11 @@ def _scalar(hint: Any, value: Any, key: str, origin: str) -> Any:
         return int(value)
     if hint is float and not isinstance(value, bool):
         try:
-            return float(value)  # also reads YAML's "1e-4", which is text to YAML 1.1
+            number = float(value)  # also reads YAML's "1e-4", which is text to YAML 1.1
         except (TypeError, ValueError):
-            pass
+            number = math.nan
+        if math.isfinite(number):
+            return number
     if hint is str:
         if value is None:
             return ""

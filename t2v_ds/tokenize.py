@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ def _claim(out: Path, tokenizer: Tokenizer, dataset: ShardDataset, config: Token
     if (inner / "config.json").is_file():
         require_same_tokenizer(load_tokenizer(inner).tokenizer_id, f"what {out} holds", tokenizer.tokenizer_id, config.tokenizer)
     else:
+        shutil.rmtree(inner, ignore_errors=True)  # what a killed run left of it
         export_tokenizer(inner, tokenizer.model.config, tokenizer.model.state_dict())
     if (out / MANIFEST).is_file():
         made_of = Manifest.load(out, "tokens").source.get("raw_digest")

@@ -21,6 +21,7 @@ from t2v_ds.data.moving_shapes import COLOURS, DIRECTIONS, SHAPES, shape_mask
 _SATURATED = 70  # largest minus smallest channel; backgrounds stay below 30, shapes above 160
 _UNIT_AREA = {"circle": np.pi, "square": 4.0, "triangle": 2.0}  # at radius 1
 _SMALLEST_AREA = 0.008  # of the frame; the smallest shape covers 0.03
+_LARGEST_AREA = 0.5  # of the frame; the largest shape covers 0.14, and coloured noise everything
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def read_clip(frames: np.ndarray) -> Reading:
     for t, frame in enumerate(frames):
         channels = frame.astype(np.int16)
         mask = channels.max(axis=-1) - channels.min(axis=-1) > _SATURATED
-        if mask.mean() < _SMALLEST_AREA:
+        if not _SMALLEST_AREA <= mask.mean() <= _LARGEST_AREA:
             continue
         ys, xs = np.nonzero(mask)
         centres.append((t, float(np.median(xs)), float(np.median(ys))))

@@ -105,6 +105,7 @@ class StraightThrough(torch.autograd.Function):
 class Quantizer(nn.Module):
     """A codebook of K vectors of D numbers."""
 
+    used_outside_forward = ("codebook",)  # `soft_usage` reads it later; an engine that frees parameters must know
     codebook: Tensor
     usage: Tensor
     started: Tensor

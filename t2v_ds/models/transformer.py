@@ -204,6 +204,8 @@ class VideoTransformer(nn.Module):
         self.apply(self._init)
         for table in (self.place, self.time):  # as loud as the codes that they are added to
             nn.init.normal_(table.weight, std=0.3)
+        for layer in (self.word, self.caption):
+            nn.init.normal_(layer.weight, std=config.text_width**-0.5)
         for block in self.blocks:  # residual branches start small (Radford et al. 2019)
             for name in ("out.weight", "down.weight"):
                 nn.init.normal_(block.get_parameter(name), std=0.02 / (2 * config.layers) ** 0.5)

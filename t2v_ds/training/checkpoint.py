@@ -74,6 +74,8 @@ def remove_leftovers(run: Path) -> None:
     for path in folder.iterdir() if folder.is_dir() else []:
         if path.name.endswith((".partial", ".deleting")):
             shutil.rmtree(path, ignore_errors=True)
+    for path in run.glob(".*.partial"):  # of `write_atomically`
+        path.unlink(missing_ok=True)
 
 
 def config_difference(saved: dict[str, Any], present: dict[str, Any]) -> tuple[str, Any, Any] | None:
@@ -130,7 +132,8 @@ def save_checkpoint(engine: Engine, run: Path, state: dict[str, Any], keep: int)
         partial.mkdir(parents=True)
     collectives.barrier()
     # DeepSpeed writes `latest` before the other ranks have finished and not atomically: never use it.
-    engine.native.save_checkpoint(str(partial), tag=NATIVE, save_latest=False)
+    with _as_full_disk(partial):
+        engine.native.save_checkpoint(str(partial), tag=NATIVE, save_latest=False)
     if collectives.rank == 0:
         described = {
             "format": FORMAT,
@@ -150,6 +153,21 @@ def save_checkpoint(engine: Engine, run: Path, state: dict[str, Any], keep: int)
             remove_folder(old)
     collectives.barrier()
     return final
+
+
+@contextlib.contextmanager
+def _as_full_disk(partial: Path) -> Iterator[None]:
+    """Turn what torch raises when its writer cannot write (a RuntimeError about positions) into a sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+            raise
+        shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
+        raise CheckpointError(
+            f"checkpoint {partial.with_suffix('')} cannot be written: is the disk full, or a quota or file size limit reached? "
+            "make room, then run the same command again"
+        ) from error
 
 
 def _digests(folder: Path, collectives: Collectives) -> dict[str, dict[str, Any]]:

@@ -9,6 +9,7 @@ DeepSpeed is not imported here.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import socket
@@ -227,10 +228,26 @@ def connect() -> Collectives:
         ranks = detect_ranks(os.environ)
         write_environment(ranks, os.environ)
         device = pick_device(ranks.local_rank)
+        if device.type == "cpu":
+            keep_freed_memory()
         initialise_process_group(device, ranks)
         _connected = Collectives(ranks, device)
         logger.info("rank %d of %d on %s", ranks.rank, ranks.world_size, device)
     return _connected
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed: a step frees and takes the same gigabytes again, and otherwise pays for each page anew.
+
+    Measured: a sixth of a CPU step of the demo's transformer. Elsewhere than on glibc nothing happens.
+    """
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # malloc.h: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX
+    try:
+        libc = ctypes.CDLL(None)
+        for parameter, value in ((trim_threshold, 2**31 - 1), (top_pad, 2**28), (mmap_max, 0)):
+            libc.mallopt(parameter, value)
+    except (OSError, AttributeError):
+        logger.debug("no mallopt here", exc_info=True)
 
 
 def write_environment(ranks: Ranks, env: MutableMapping[str, str]) -> None:

@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -83,8 +84,18 @@ class Engine:
         if self.train_config.precision == "fp32":
             config.pop("torch_autocast")
         config = json.loads(json.dumps(config))  # DeepSpeed changes what it is given
+        self._keep_whole_in_steps(deepspeed)
         native, *_ = deepspeed.initialize(model=self.objective, optimizer=optimizer, config=config)
         return native
+
+    def _keep_whole_in_steps(self, deepspeed: Any) -> None:
+        # Stage 3 frees a parameter behind its module's forward pass, and finds what else uses it only if it happens to be
+        # freed already; a loss that reads it later then fails in backward. Owned by the root as well, it stays for the step.
+        if self.stage == 3:
+            for module in self.objective.modules():
+                for name in getattr(module, "used_outside_forward", ()):
+                    if name in module._parameters:
+                        deepspeed.zero.register_external_parameter(self.objective, module.get_parameter(name))
 
     def _check_zero_section(self) -> None:
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -173,9 +184,29 @@ class Engine:
 
     @contextlib.contextmanager
     def full_parameters(self) -> Iterator[None]:
-        """Within it every parameter is whole on every rank: modules may be called directly, under `torch.no_grad`."""
-        with self._gathered(list(self.objective.parameters())):
+        """Within it every parameter is whole on every rank: modules may be called directly, under `torch.no_grad`.
+
+        All ranks enter and leave; what they do within it is theirs, and may be nothing.
+        """
+        with self._gathered(list(self.objective.parameters())), self._without_hooks():
             yield
+
+    @contextlib.contextmanager
+    def _without_hooks(self) -> Iterator[None]:
+        # At stage 3 DeepSpeed's hooks would free each parameter behind its module and gather it again at the next call: a
+        # rank that draws while the others wait would hang there.
+        if self.stage < 3:
+            yield
+            return
+        modules = list(self.objective.modules())
+        hooks = [(module._forward_pre_hooks, module._forward_hooks) for module in modules]
+        for module in modules:
+            module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
+        try:
+            yield
+        finally:
+            for module, (before, after) in zip(modules, hooks, strict=True):
+                module._forward_pre_hooks, module._forward_hooks = before, after
 
     @torch.no_grad()
     def read_parameter(self, parameter: nn.Parameter) -> Tensor:

@@ -1,8 +1,8 @@
 """The one step loop, for both models.
 
     start: connect -> engine -> newest complete checkpoint (or `initialise` from the first batch)
-    step:  micro-batches -> forward, backward, step -> after_step -> log | show | save, each at its own interval
-    end:   save -> show -> export -> DONE
+    step:  micro-batches -> forward, backward, step -> after_step -> log | show | save, each at its own interval and at the end
+    end:   export -> DONE
 
 A run's folder:  config.yaml  checkpoints/  tensorboard/  metrics.jsonl  DONE  + what the objective exports.
 Random generators are set anew in every step from (seed, step, rank): a resumed run draws what the undisturbed one would,
@@ -265,7 +265,8 @@ class _Training:
                 if self.step % self.train.log_every == 0 or self.step == self.steps:
                     seen.set_postfix(self._log(), refresh=False)
                 seen.update()
-                if self.train.visual_every and self.step % self.train.visual_every == 0 and self.step < self.steps:
+                # Before the save, also at the end: a run that resumes from the last checkpoint shows nothing twice.
+                if self.step == self.steps or (self.train.visual_every and self.step % self.train.visual_every == 0):
                     self._visualise()
                 stop = self.collectives.any(health.stop_requested())
                 if self.step % self.train.save_every == 0 or self.step == self.steps or stop:
@@ -353,7 +354,6 @@ class _Training:
         checkpoint.save_checkpoint(self.engine, self.run, state, self.train.keep_checkpoints)
 
     def _finish(self) -> dict[str, float]:
-        self._visualise()
         self.watchdog.beat(self.step, "export")
         state = self.engine.full_state_dict()
         metrics: dict[str, float] = {}

@@ -167,7 +167,7 @@ def test_a_flipped_byte_of_the_weights_is_noticed(folders: tuple[Path, Path]) ->
             damaged = bytearray(whole)
             damaged[at] ^= 0x40
             weights.write_bytes(damaged)
-            with pytest.raises(CheckpointError, match="is cut or damaged|is damaged: a byte has changed"):
+            with pytest.raises(CheckpointError, match=r"is cut or damaged|is damaged: a byte has changed"):
                 (t2v_ds.load_tokenizer if folder == folders[0] else t2v_ds.load_generator)(folder if folder == folders[0] else folders[1])
         weights.write_bytes(whole)
 

@@ -68,7 +68,8 @@ def test_every_value_can_be_read() -> None:
 
 
 def test_accuracy_by_hand() -> None:
-    readings = [Reading("red", "circle", "left"), Reading("red", "square", None), Reading(None, None, None), Reading("blue", "circle", "up")]
+    nothing = Reading(None, None, None)
+    readings = [Reading("red", "circle", "left"), Reading("red", "square", None), nothing, Reading("blue", "circle", "up")]
     wanted = [("red", "circle", "left"), ("red", "circle", "up"), ("red", "circle", "up"), ("blue", "circle", "up")]
     assert accuracy(readings, wanted) == {"colour": 0.75, "shape": 0.5, "direction": 0.5, "all": 0.5}
     with pytest.raises(ValueError, match="zip"):

@@ -134,7 +134,8 @@ def test_the_loss_is_the_mean_likelihood_of_the_clips_own_codes() -> None:
     model = make()
     codes, (text, mask) = codes_of(2, 3), captions(2)
     logits, ends = predictions(model, codes, text, mask)
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), in_order(model, codes).flatten(), reduction="none").view(2, -1).mean(1)
+    each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), in_order(model, codes).flatten(), reduction="none")
+    expected = each.view(2, -1).mean(1)
     with torch.no_grad():
         loss, end = model(codes, torch.tensor([3, 3]), text, mask)
     torch.testing.assert_close(loss, expected)
@@ -209,12 +210,12 @@ def test_bf16_autocast_gives_a_finite_loss_near_fp32s() -> None:
 def test_parameter_names_and_what_decays() -> None:
     """Names are what exported models are read by: a change of one breaks every model that was trained before."""
     model = make(group=2, layers=1)
-    block = [
-        f"blocks.0.{name}.weight" for name in ("norm1", "qkv", "query_norm", "key_norm", "out", "norm2", "up", "down")
-    ]
-    head = [f"head.{name}" for i in range(4) for name in (f"norms.{i}.weight", f"mixers.{i}.0.weight", f"logits.{i}.weight", f"logits.{i}.bias")]
+    block = [f"blocks.0.{name}.weight" for name in ("norm1", "qkv", "query_norm", "key_norm", "out", "norm2", "up", "down")]
+    head = [f"head.{part}" for i in range(4) for part in (f"norms.{i}.weight", f"mixers.{i}.0.weight")]
+    head += [f"head.logits.{i}.{part}" for i in range(4) for part in ("weight", "bias")]
     head += [f"head.given.{i}.weight" for i in range(3)]
-    others = "start no_word place.weight time.weight word.weight word.bias caption.weight caption.bias before.weight norm.weight end.weight end.bias"
+    others = "start no_word place.weight time.weight before.weight norm.weight"
+    others += " word.weight word.bias caption.weight caption.bias end.weight end.bias"
     names = {*block, *head, *others.split(), *(f"codes.{i}.weight" for i in range(4))}
     assert set(model.state_dict()) == names
     decayed, spared = (set(one["names"]) for one in parameter_groups(model, 0.1))

@@ -1,0 +1,205 @@
+"""Settings: defaults <- YAML <- overrides, and every mistake is one sentence that names it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from t2v_ds.config import (
+    DemoConfig,
+    EvaluateConfig,
+    LossConfig,
+    PrepareConfig,
+    QuantizerConfig,
+    SamplingConfig,
+    TextConfig,
+    TokenizeConfig,
+    TrainConfig,
+    TransformerConfig,
+    TransformerRunConfig,
+    VQVAEConfig,
+    VQVAERunConfig,
+    from_dict,
+    load_config,
+    resolve_recipe,
+    to_dict,
+)
+from t2v_ds.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+RECIPES = {"demo": DemoConfig, "tgif_vqvae": VQVAERunConfig, "tgif_transformer": TransformerRunConfig}
+STAGES = (PrepareConfig, VQVAERunConfig, TransformerRunConfig, TokenizeConfig, SamplingConfig, DemoConfig)
+
+
+def written(folder: Path, text: str | bytes) -> Path:
+    path = folder / "settings.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    assert load_config(VQVAERunConfig) == VQVAERunConfig()
+    path = written(tmp_path, "seed: 3\nmodel: {image_size: 64, quantizer: {decay: 0.5}}\ntrain: {steps: 7, batch: 2}\n")
+    config = load_config(VQVAERunConfig, path, ["train.steps=9", "out=runs/x", "model.quantizer.codebook_size=16"])
+    expected = VQVAERunConfig(
+        out="runs/x",
+        seed=3,
+        model=VQVAEConfig(image_size=64, quantizer=QuantizerConfig(codebook_size=16, decay=0.5)),
+        train=TrainConfig(steps=9, batch=2),
+    )
+    assert config == expected
+    assert load_config(VQVAERunConfig, written(tmp_path, "# only a comment\n")) == VQVAERunConfig()
+    assert load_config(VQVAERunConfig, overrides=["seed=1", "seed=2"]).seed == 2
+
+
+def test_values_are_read_as_what_the_setting_is() -> None:
+    config = load_config(
+        TransformerRunConfig,
+        overrides=[
+            "train.learning_rate=1e-4", "train.steps=1000.0", "model.dropout=0", "model.activation_checkpointing=true",
+            "train.betas=[0.8, 0.9]", "sample_prompts=a red circle", "out=2024", "data=", "tokenizer=a=b",
+        ],
+    )  # fmt: skip
+    assert config.train.learning_rate == 1e-4
+    assert (config.train.steps, type(config.train.steps)) == (1000, int)
+    assert (config.model.dropout, type(config.model.dropout)) == (0.0, float)
+    assert config.model.activation_checkpointing is True
+    assert config.train.betas == (0.8, 0.9)
+    assert config.sample_prompts == ("a red circle",)
+    assert (config.out, config.data) == ("2024", "")
+    assert config.tokenizer == "a=b"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["train.stesp=3"], "unknown setting 'train.stesp' in defaults: did you mean 'train.steps' or "),
+        (["model.quantizer.codebok_size=3"], "unknown setting 'model.quantizer.codebok_size' in defaults: did you mean 'model.quantizer."),
+        (["modle.image_size=3"], "unknown setting 'modle' in defaults: did you mean 'model'?"),
+        (["zzz=3"], "unknown setting 'zzz' in defaults: valid: chunk, data, frames_per_clip, losses, model, out, seed, train"),
+        (["train.steps=many"], "setting 'train.steps' in defaults is 'many'; expected a whole number"),
+        (["train.steps=1.5"], "setting 'train.steps' in defaults is 1.5; expected a whole number"),
+        (["train.steps=true"], "setting 'train.steps' in defaults is True; expected a whole number"),
+        (["train.learning_rate=fast"], "setting 'train.learning_rate' in defaults is 'fast'; expected a number"),
+        (["train.learning_rate=[1, 2]"], "setting 'train.learning_rate' in defaults is [1, 2]; expected a number"),
+        (["train.precision=[1]"], "setting 'train.precision' in defaults is [1]; expected text"),
+        (["train.steps=0"], "setting 'train.steps' is 0; allowed: >= 1"),
+        (["train.precision=fp16"], "setting 'train.precision' is 'fp16'; allowed: 'bf16' or 'fp32'"),
+        (["train.betas=[0.9]"], "setting 'train.betas' is (0.9,); allowed: two numbers in [0, 1)"),
+        (["model.image_size=130"], "setting 'model.image_size' is 130; allowed: a multiple of 4"),
+        (["model.stem_channels=20"], "setting 'model.stem_channels' is 20; allowed: a multiple of norm_groups (16)"),
+        (["model.quantizer.learning=both"], "setting 'quantizer.learning' is 'both'; allowed: 'ema' or 'gradient'"),
+        (["losses.l1=-1"], "setting 'losses.l1' is -1.0; allowed: >= 0"),
+        (["train=3"], "setting 'train' in defaults is 3; expected a group of settings"),
+        (["train=3", "train.steps=4"], "override 'train.steps=4': 'train' is a value, not a group of settings"),
+        (["seed.x=4"], "setting 'seed' in defaults is {'x': 4}; expected a whole number"),
+        (["train.steps"], "override 'train.steps' is not of the form key=value, such as train.steps=100"),
+        (["=3"], "override '=3' is not of the form key=value"),
+    ],
+)
+def test_mistakes_are_named(overrides: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(VQVAERunConfig, overrides=overrides)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_number_is_finite() -> None:
+    settings = ((TrainConfig, "learning_rate"), (TrainConfig, "gradient_clip"), (LossConfig, "l1"), (SamplingConfig, "temperature"))
+    for config, key in settings:
+        for value in (float("nan"), float("inf"), -float("inf"), "nan"):
+            with pytest.raises(ConfigError, match=f"setting '{key}' in config is .*; expected a number"):
+                from_dict(config, {key: value})
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("train: [1, 2", "is not valid YAML"),
+        ("- a\n- b\n", "holds a list; expected settings as 'key: value'"),
+        (b"out: \xff\xfe", "is not UTF-8 text"),
+        ("train:\n  stesp: 3\n", "unknown setting 'train.stesp' in {path}: did you mean 'train.steps' or "),
+        ("train: 5\n", "setting 'train' in {path} is 5; expected a group of settings"),
+        ("train:\n", "setting 'train' in {path} is None; expected a group of settings"),
+        ("seed: x\n", "setting 'seed' in {path} is 'x'; expected a whole number"),
+        ("1: 2\n", "unknown setting '1' in {path}"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, text: str | bytes, sentence: str) -> None:
+    path = written(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(VQVAERunConfig, path)
+    assert sentence.format(path=path) in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_files_and_recipes(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read config file .*nowhere\.yaml: No such file"):
+        load_config(VQVAERunConfig, tmp_path / "nowhere.yaml")
+    with pytest.raises(ConfigError, match=r"cannot read config file .*: Is a directory"):
+        load_config(VQVAERunConfig, tmp_path)
+    with pytest.raises(ConfigError, match="no file and no recipe: did you mean 'tgif_vqvae'"):
+        resolve_recipe("tgif_vqva")
+    assert resolve_recipe("demo") == ROOT / "configs" / "demo.yaml"
+    assert resolve_recipe("other.yaml") == Path("other.yaml")
+
+
+def test_every_recipe_loads() -> None:
+    files = {path.stem: path for path in (ROOT / "configs").glob("*.yaml")}
+    assert set(files) == set(RECIPES)
+    for name, path in files.items():
+        config = load_config(RECIPES[name], path)
+        assert config != RECIPES[name]()
+        assert resolve_recipe(name) == path
+    spec = load_config(VQVAERunConfig, files["tgif_vqvae"])
+    model, quantizer = spec.model, spec.model.quantizer
+    assert (model.image_size, model.grid_size, model.stem_channels) == (128, 32, 128)
+    assert (quantizer.codebook_size, quantizer.codebook_dim) == (1024, 256)
+    assert load_config(TransformerRunConfig, files["tgif_transformer"]).model.width == 512
+    demo = load_config(DemoConfig, files["demo"])
+    assert demo.prepare.image_size == demo.vqvae.model.image_size
+    assert demo.evaluate.prompts >= 100
+
+
+@pytest.mark.parametrize("cls", STAGES)
+def test_plain_dictionaries_and_back(cls: type[Any]) -> None:
+    config = cls()
+    plain = to_dict(config)
+    assert from_dict(cls, plain) == config
+
+    def is_plain(value: Any) -> bool:
+        if isinstance(value, dict):
+            return all(isinstance(key, str) and is_plain(item) for key, item in value.items())
+        return all(map(is_plain, value)) if isinstance(value, list) else isinstance(value, (str, int, float, bool))
+
+    assert is_plain(plain)
+    plain["out" if "out" in plain else "seed"] = 5
+    assert from_dict(cls, plain) != config
+
+
+def test_every_setting_says_what_it_is_where_its_name_does_not() -> None:
+    """Ranges of each group are checked when it is built in Python as well."""
+    bad: list[tuple[type[Any], dict[str, Any]]] = [
+        (PrepareConfig, {"min_frames": 5, "max_frames": 4}),
+        (QuantizerConfig, {"decay": 1.0}),
+        (VQVAEConfig, {"residual_blocks": (1,)}),
+        (LossConfig, {"perceptual_network": "alexnet"}),
+        (TextConfig, {"tokens": 0}),
+        (TransformerConfig, {"width": 10, "heads": 3}),
+        (TransformerConfig, {"grid_size": 9, "group": 2}),
+        (TransformerConfig, {"previous_frame_kernel": 2}),
+        (TransformerRunConfig, {"caption_dropout": 1.0}),
+        (TokenizeConfig, {"batch_frames": 0}),
+        (SamplingConfig, {"top_p": 0.0}),
+        (EvaluateConfig, {"prompts": 1}),
+    ]
+    for cls, values in bad:
+        with pytest.raises(ConfigError, match=re.escape("; allowed: ")):
+            cls(**values)
+    defaults = VQVAEConfig()
+    assert dataclasses.replace(defaults, channel_multipliers=(1, 2, 4), residual_blocks=(0, 0, 1)).grid_size == 16
