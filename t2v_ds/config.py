@@ -285,7 +285,8 @@ class TransformerRunConfig:
     tokenizer: str = ""  # empty: the one kept with the token shards
     seed: int = 0
     caption_dropout: float = 0.1  # share of captions replaced by the empty one, for guidance
-    image_share: float = 0.0  # share of samples that are one random frame of a clip: cheap practice in composing a frame
+    excerpt_share: float = 0.0  # share of samples that are a short excerpt of a clip: cheap practice in drawing and moving
+    excerpt_frames: int = 4
     sample_prompts: tuple[str, ...] = ()  # shown in TensorBoard; empty: captions of the data
     model: TransformerConfig = field(default_factory=TransformerConfig)
     text: TextConfig = field(default_factory=TextConfig)
@@ -293,7 +294,8 @@ class TransformerRunConfig:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", self.seed, ">= 0")
-        require(0 <= self.image_share < 1, "image_share", self.image_share, "0 to below 1")
+        require(0 <= self.excerpt_share < 1, "excerpt_share", self.excerpt_share, "0 to below 1")
+        require(self.excerpt_frames >= 1, "excerpt_frames", self.excerpt_frames, ">= 1")
         require(0 <= self.caption_dropout < 1, "caption_dropout", self.caption_dropout, "0 to below 1")
 
 

@@ -96,12 +96,16 @@ def _percent(values: dict[str, float]) -> str:
 def _evaluate(config: DemoConfig, manifest: Manifest, tokenizer: Path, generator: Path, out: Path) -> dict[str, Any]:
     """Measure both models, draw the clips to show, and keep the results in a file."""
     path = out / RESULTS
-    if path.is_file() and (out / "sheet.png").is_file():
-        return dict(json.loads(path.read_text()))
+    settings = {"evaluate": to_dict(config.evaluate), "prompts": list(config.prompts)}
+    if path.is_file():
+        known = dict(json.loads(path.read_text()))
+        if known.get("settings") == settings:
+            return known
     size, low, high = config.prepare.image_size, config.prepare.min_frames, config.prepare.max_frames
     unseen = [draw_clip(UNSEEN + i, config.prepare.seed, size, low, high)[0] for i in range(config.evaluate.reconstruction_clips)]
     model = load_generator(generator, precision=config.transformer.train.precision)
     results: dict[str, Any] = {
+        "settings": settings,
         "data": {"clips": manifest.total_clips, "frames": manifest.total_frames, "rejected": manifest.rejected},
         "reconstruction": dataclasses.asdict(measure_reconstruction(load_tokenizer(tokenizer), unseen)),
         "losses": {name: _last_metrics(folder) for name, folder in (("vqvae", tokenizer), ("transformer", generator))},

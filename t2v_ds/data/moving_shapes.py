@@ -29,15 +29,17 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y)
 RADII = {"small": 0.125, "large": 0.1875}  # half the side of the bounding box, as a share of the frame's side
-SPEEDS = {"slowly": 1 / 64, "quickly": 2 / 64}  # of the frame's side, a frame
+SPEEDS = {"slowly": 0.5, "quickly": 0.95}  # share of the way across the frame that the clip covers
 # Two shades each; of low saturation, so that colour always belongs to the shape.
 BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
     "dark": ((24, 24, 30), (62, 58, 56)),
     "light": ((236, 236, 228), (190, 194, 204)),
 }
-PATTERNS = ("plain", "gradient", "horizon")
+PATTERNS = ("plain", "horizon")
 
-_GRID = 64  # places a side where a shape may start: coarse enough for a small codebook to know them all
+# Places a side where a shape may stand: few enough that a small codebook knows every way in which an edge cuts a cell of
+# 8 x 8 pixels (at 64 pixels a side), which is what decides how soon a small transformer can move a shape.
+_GRID = 32
 _SUPERSAMPLING = 4  # drawn this much larger, then averaged: smooth edges
 _STREAM = 0x5A9E5  # keeps this module's random streams apart from others with the same seed
 
@@ -119,27 +121,26 @@ def caption(attributes: Attributes, rng: np.random.Generator | None = None) -> s
 
 
 def draw(attributes: Attributes, rng: np.random.Generator, size: int, min_frames: int, max_frames: int) -> np.ndarray:
-    """Draw a clip of these attributes: frames [T, size, size, 3] uint8.
+    """Draw a clip of these attributes: frames [T, size, size, 3] uint8, T drawn uniformly from min_frames to max_frames.
 
-    The shape stays inside the frame, so a fast or a large one has fewer frames to cross it: T is drawn uniformly from
-    min_frames to the smaller of max_frames and what fits (at least min_frames, the path then starting outside).
+    The shape moves evenly and stays inside the frame.
     """
-    step, radius = SPEEDS[attributes.speed], RADII[attributes.size]
-    fits = int((1 - 2 * radius) / step) + 1
-    length = int(rng.integers(min_frames, max(min_frames, min(max_frames, fits)) + 1))
+    length = int(rng.integers(min_frames, max_frames + 1))
+    radius = RADII[attributes.size]
+    free = 1 - 2 * radius  # where the centre can be, from radius on
     along = np.array(DIRECTIONS[attributes.direction], dtype=np.float64)
-    travel = step * (length - 1)
-    free = max(0.0, 1 - 2 * radius - travel)
-    start = radius + rng.random(2) * (1 - 2 * radius)  # across the direction of travel: anywhere inside
     axis = int(np.abs(along).argmax())
-    first = radius + rng.random() * free
+    travel = SPEEDS[attributes.speed] * free
+    start = radius + rng.random(2) * free  # across the direction of travel: anywhere inside
+    first = radius + rng.random() * (free - travel)
     start[axis] = first if along[axis] > 0 else 1 - first
-    start = np.round(start * _GRID) / _GRID
+    step = travel / max(1, length - 1)
     canvas = _background(attributes, rng, size * _SUPERSAMPLING)
     frames = np.empty((length, size, size, 3), dtype=np.uint8)
     for t in range(length):
         image = canvas.copy()
-        _draw_shape(image, attributes, start + along * step * t, radius)
+        centre = np.round((start + along * step * t) * _GRID) / _GRID
+        _draw_shape(image, attributes, centre, radius)
         frames[t] = np.asarray(image.reduce(_SUPERSAMPLING))
     return frames
 
@@ -178,16 +179,11 @@ def _draw_shape(image: Image.Image, attributes: Attributes, centre: np.ndarray, 
 
 
 def _background(attributes: Attributes, rng: np.random.Generator, pixels: int) -> Image.Image:
-    """Plain, a gradient from top to bottom, or two halves that meet at a horizon; either shade may be on top."""
+    """Plain, or two parts that meet at a horizon; either shade may be on top."""
     shades = np.array(BACKGROUNDS[attributes.background], dtype=np.float64)
     if rng.random() < 0.5:
         shades = shades[::-1]
     down = (np.arange(pixels) + 0.5) / pixels  # [S] in 0..1
-    if attributes.pattern == "plain":
-        mix = np.zeros(pixels)
-    elif attributes.pattern == "gradient":
-        mix = down
-    else:
-        mix = (down > rng.integers(3, 6) / 8).astype(np.float64)
-    column = shades[0] + (shades[1] - shades[0]) * mix[:, None]  # [S, 3]
-    return Image.fromarray(np.repeat(column[:, None], pixels, axis=1).round().astype(np.uint8))
+    horizon = 1.0 if attributes.pattern == "plain" else int(rng.integers(3, 6)) / 8
+    column = np.where(down[:, None] < horizon, shades[0], shades[1])  # [S, 3]
+    return Image.fromarray(np.repeat(column[:, None], pixels, axis=1).astype(np.uint8))

@@ -78,6 +78,12 @@ def remove_leftovers(run: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def remove_old(run: Path, keep: int) -> None:
+    """Delete all but the `keep` newest checkpoints; call on one rank."""
+    for old in checkpoints(run)[:-keep]:
+        remove_folder(old)
+
+
 def config_difference(saved: dict[str, Any], present: dict[str, Any]) -> tuple[str, Any, Any] | None:
     """The first setting that differs and may not: (dotted key, saved value, present value); None: none."""
     before, now = _flat(saved), _flat(present)
@@ -149,8 +155,7 @@ def save_checkpoint(engine: Engine, run: Path, state: dict[str, Any], keep: int)
         write_atomically(partial / COMPLETE_FILE, json.dumps({"files": files}, indent=1).encode())
         os.replace(partial, final)
         sync_folder(final.parent)
-        for old in checkpoints(run)[:-keep]:
-            remove_folder(old)
+        remove_old(run, keep)
     collectives.barrier()
     return final
 

@@ -240,6 +240,7 @@ class _Training:
             self.policy.total, self.policy.in_a_row = state["skipped"]
             logger.info("resumed from step %d of %d", step, self.steps)
         if self.collectives.rank == 0:
+            checkpoint.remove_old(self.run, self.train.keep_checkpoints)  # a kill may have come between a save and this
             truncate_metrics(self.run / METRICS_FILE, step)
         return step
 

@@ -92,7 +92,7 @@ def train_transformer(config: TransformerRunConfig) -> dict[str, float]:
         micro, _ = accumulation_steps(config.train, collectives.world_size)
         stream = ClipStream(
             dataset, config.train.batch, collectives.rank, collectives.world_size, config.seed, config.train.data_threads,
-            _Vary(config.caption_dropout, config.image_share), micro,
+            _Vary(config), micro,
         )  # fmt: skip
 
         def collate(samples: list[Sample]) -> dict[str, Any]:
@@ -109,21 +109,23 @@ def train_transformer(config: TransformerRunConfig) -> dict[str, float]:
 
 
 class _Vary:
-    """A load function that empties a share of the captions and cuts a share of the clips to one frame.
+    """A load function that empties a share of the captions and takes only an excerpt of a share of the clips.
 
-    Without captions the model learns clips as such, for guidance. A clip's first frame settles what it shows; single
-    frames are cheap practice in drawing one (joint training on images and video, Ho et al. 2022).
+    Without captions the model learns clips as such, for guidance. Most of what a clip shows is settled by its first
+    frame and by how one frame follows from another; excerpts are cheap practice in both (compare the joint training on
+    images and video of Ho et al. 2022).
     """
 
-    def __init__(self, caption_dropout: float, image_share: float) -> None:
-        self.caption_dropout, self.image_share = caption_dropout, image_share
+    def __init__(self, config: TransformerRunConfig) -> None:
+        self.config = config
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        caption = "" if rng.random() < self.caption_dropout else sample["caption"]
+        caption = "" if rng.random() < self.config.caption_dropout else sample["caption"]
         codes, start = sample["codes"], -1
-        if rng.random() < self.image_share:
-            start = int(rng.integers(len(codes)))
-            codes = codes[start : start + 1]
+        if rng.random() < self.config.excerpt_share:
+            frames = min(self.config.excerpt_frames, len(codes))
+            start = int(rng.integers(len(codes) - frames + 1))
+            codes = codes[start : start + frames]
         return {**sample, "caption": caption, "codes": codes, "start": start}
 
 

@@ -30,7 +30,7 @@ VQVAE: dict[str, Any] = {
     "train": {"steps": 30, "batch": 4, "save_every": 6, "log_every": 2, "visual_every": 7, "warmup_steps": 2, "ds_config": "zero2"},
 }  # fmt: skip
 TRANSFORMER: dict[str, Any] = {
-    "image_share": 0.2,
+    "excerpt_share": 0.2,
     "sample_prompts": ["a red circle moves right"],
     "model": {"width": 16, "layers": 1, "heads": 2, "group": 2, "dropout": 0.1},
     "text": {"tokens": 12, "width": 16},
