@@ -12,8 +12,8 @@ The codebook is moved in exactly one of two ways (`QuantizerConfig.learning`):
 For the first `warmup_steps` the latents pass unquantized; then the codebook is set to latents of the current batch. An
 encoder that has not learned to tell images apart would otherwise fill the codebook with copies of one vector.
 
-Codes that are hardly used are revived: they move onto random latents of the current batch (the same on all ranks)
-and their statistics (moving averages, or Adam's moments) start afresh (Dhariwal et al. 2020, Jukebox, section 3.1).
+Codes that are hardly used are revived: they move onto badly quantized latents of the current batch (the same on all
+ranks) and their statistics (moving averages, or Adam's moments) start afresh (Dhariwal et al. 2020, Jukebox, 3.1).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from t2v_ds.config import QuantizerConfig
 from t2v_ds.kernels import vq_assign, vq_lookup
 
+_ROUNDS = 8  # in which the codebook is chosen from data
 _STREAM = 0xC0DEB  # keeps this module's random streams apart from others with the same seed
 
 
@@ -181,11 +182,20 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def initialise(self, step: int, seed: int, access: ParameterAccess | None = None) -> None:
-        """Set the codebook to random latents of the last forward pass, the same on all ranks, and start quantizing."""
+        """Set the codebook to latents of the last forward pass, the same on all ranks, and start quantizing.
+
+        Chosen in rounds, each with probability proportional to the squared distance to those chosen before (k-means||,
+        Bahmani et al. 2012): what is rare in the data gets codes too.
+        """
         size = self.config.codebook_size
+        latents = self._candidates()
+        chosen = latents.new_zeros(0, latents.shape[1], dtype=torch.float32)
+        for number, part in enumerate(np.array_split(np.arange(size), min(size, _ROUNDS))):
+            weights = self._squared_errors(chosen) if number else torch.ones(len(latents), device=latents.device)
+            rows = self._pick(len(part), weights, np.random.SeedSequence([seed, _STREAM, step, 1, number]))
+            chosen = torch.cat([chosen, rows])
         self.usage.fill_(1)
-        rows = self._pick(size, np.random.SeedSequence([seed, _STREAM, step, 1]))
-        self._write(torch.arange(size, device=rows.device), rows, access)
+        self._write(torch.arange(size, device=chosen.device), chosen, access)
         self.started.fill_(1)
         self.discard()
 
@@ -226,7 +236,12 @@ class Quantizer(nn.Module):
         dead = (self.usage < self.config.dead_below * self.usage.mean()).nonzero().flatten()
         if len(dead) == 0:
             return 0
-        self._write(dead, self._pick(len(dead), np.random.SeedSequence([seed, _STREAM, step, 0])), access)
+        # Onto badly quantized latents: on random ones most would land, again, in the midst of the commonest.
+        whole = self.codebook.detach()
+        if access is not None and isinstance(self.codebook, nn.Parameter):
+            whole = access.read_parameter(self.codebook)
+        errors = self._squared_errors(whole)
+        self._write(dead, self._pick(len(dead), errors, np.random.SeedSequence([seed, _STREAM, step, 0])), access)
         return len(dead)
 
     def _write(self, codes: Tensor, rows: Tensor, access: ParameterAccess | None) -> None:
@@ -242,18 +257,35 @@ class Quantizer(nn.Module):
             self.codebook[codes] = rows
             self.sums[codes] = rows * mean
 
-    def _pick(self, count: int, entropy: np.random.SeedSequence) -> Tensor:
-        """Pick `count` latents of the last batch of all ranks: [count, D], the same on all ranks.
+    def _squared_errors(self, codebook: Tensor) -> Tensor:
+        """Squared distance of each of this rank's last latents to the nearest of `codebook` [k, D]: [M] fp32."""
+        nearest = codebook[vq_lookup(self._candidates(), codebook)]
+        return (self._candidates() - nearest).square().sum(1)
 
-        Ranks hold equal, consecutive parts of the global batch, so that the pick does not depend on their number.
-        """
+    def _candidates(self) -> Tensor:
         if self._recent is None:
             raise RuntimeError("the quantizer has seen no latents yet")
-        local, rank = len(self._recent), self.collectives.rank
-        total = local * self.collectives.world_size
-        rng = np.random.Generator(np.random.PCG64(entropy))
-        chosen = torch.from_numpy(rng.choice(total, size=count, replace=count > total)).to(self._recent.device)
-        mine = (chosen >= rank * local) & (chosen < (rank + 1) * local)
-        rows = torch.zeros(count, self._recent.shape[1], device=self._recent.device)
-        rows[mine] = self._recent[chosen[mine] - rank * local].float()
-        return self.collectives.all_reduce_sum(rows)
+        return self._recent
+
+    def _pick(self, count: int, weights: Tensor, entropy: np.random.SeedSequence) -> Tensor:
+        """Pick `count` latents of the last batch of all ranks with probability proportional to their weights [M].
+
+        Ranks hold equal, consecutive parts of the global batch and draw by systematic sampling over its cumulated weights, so
+        that all of them pick the same latents [count, D], whatever their number.
+        """
+        latents, group = self._candidates(), self.collectives
+        cumulated = weights.double().cumsum(0)  # [M]
+        totals = torch.zeros(group.world_size, dtype=torch.float64, device=latents.device)
+        totals[group.rank] = cumulated[-1]
+        totals = group.all_reduce_sum(totals)
+        if not bool(totals.sum() > 0):  # every latent is a code already
+            return self._pick(count, torch.ones_like(weights), entropy)
+        start = np.random.Generator(np.random.PCG64(entropy)).random()
+        wanted = (torch.arange(count, dtype=torch.float64, device=latents.device) + start) / count * totals.sum()
+        ends = totals.cumsum(0)
+        owner = torch.searchsorted(ends, wanted, right=True).clamp_max(group.world_size - 1)
+        mine = owner == group.rank
+        index = torch.searchsorted(cumulated, wanted[mine] - (ends - totals)[group.rank], right=True).clamp_max(len(latents) - 1)
+        rows = torch.zeros(count, latents.shape[1], device=latents.device)
+        rows[mine] = latents[index].float()
+        return group.all_reduce_sum(rows)
