@@ -106,7 +106,8 @@ class VQVAEConfig:
     image_size: int = 128
     stem_channels: int = 128
     channel_multipliers: tuple[int, ...] = (1, 2)  # one halving of the resolution each
-    residual_blocks: tuple[int, ...] = (1, 2)  # at each resolution, in encoder and decoder
+    residual_blocks: tuple[int, ...] = (1, 2)  # at each resolution, in the decoder, and in the encoder unless the next says
+    encoder_blocks: tuple[int, ...] = ()  # at each resolution, in the encoder; zeros: a code sees little beyond its own pixels
     norm_groups: int = 16
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
 
@@ -114,12 +115,11 @@ class VQVAEConfig:
         levels = len(self.channel_multipliers)
         require(levels >= 1, "model.channel_multipliers", self.channel_multipliers, "at least one entry")
         require(min(self.channel_multipliers) >= 1, "model.channel_multipliers", self.channel_multipliers, "entries >= 1")
-        require(
-            len(self.residual_blocks) == levels and min(self.residual_blocks) >= 0,
-            "model.residual_blocks",
-            self.residual_blocks,
-            f"{levels} entries >= 0, one for each of channel_multipliers",
-        )
+        for name in ("residual_blocks", "encoder_blocks"):
+            blocks = getattr(self, name)
+            if blocks or name == "residual_blocks":
+                allowed = f"{levels} entries >= 0, one for each of channel_multipliers"
+                require(len(blocks) == levels and min(blocks) >= 0, f"model.{name}", blocks, allowed)
         require(
             self.image_size % self.downsampling == 0 and self.image_size >= self.downsampling,
             "model.image_size",
