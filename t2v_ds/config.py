@@ -107,9 +107,9 @@ class VQVAEConfig:
     stem_channels: int = 128
     channel_multipliers: tuple[int, ...] = (1, 2)  # one halving of the resolution each
     residual_blocks: tuple[int, ...] = (1, 2)  # at each resolution, in the decoder, and in the encoder unless the next says
-    encoder_blocks: tuple[int, ...] = ()  # at each resolution, in the encoder; zeros: a code sees little beyond its own pixels
     norm_groups: int = 16
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+    encoder_blocks: tuple[int, ...] = ()  # at each resolution, in the encoder; zeros: a code sees little beyond its own pixels
 
     def __post_init__(self) -> None:
         levels = len(self.channel_multipliers)

@@ -144,5 +144,5 @@ def test_bf16(trained: Path, name: str) -> None:
     found = curve(trained / f"2_{name}_zero3_bf16")
     fp32, alone = curve(trained / f"1_{name}_zero0_fp32"), curve(trained / f"1_{name}_zero0_bf16")
     assert found != fp32
-    torch.testing.assert_close(found, alone, rtol=0.02, atol=0)
+    torch.testing.assert_close(found, alone, rtol=0.05, atol=0)
     torch.testing.assert_close(found, fp32, rtol=0.05, atol=0)

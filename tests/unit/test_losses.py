@@ -27,7 +27,9 @@ def only(**weights: float) -> LossConfig:
 
 def quantizer(learning: str = "gradient") -> Quantizer:
     torch.manual_seed(0)
-    return Quantizer(QuantizerConfig(codebook_size=12, codebook_dim=4, learning=learning))
+    module = Quantizer(QuantizerConfig(codebook_size=12, codebook_dim=4, learning=learning))
+    module.started.fill_(1)  # before, latents pass unquantized and the losses of the codebook are 0
+    return module
 
 
 def quantized(learning: str = "gradient") -> tuple[QuantizerOutput, Tensor, Quantizer]:
