@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from t2v_ds.config import DemoConfig, EvaluateConfig, SamplingConfig, to_dict
+from t2v_ds.config import DemoConfig, EvaluateConfig, to_dict
 from t2v_ds.data.manifest import Manifest
 from t2v_ds.data.moving_shapes import combinations, draw, draw_clip, random_attributes
 from t2v_ds.data.prepare import prepare
@@ -170,16 +170,12 @@ def _show(config: DemoConfig, model: Generator, prompted: list[Prompted], drawn:
     half = len(prompted) // 2
     shown = [*range(min(4, half)), *range(len(prompted) - half, min(len(prompted) - half + 4, len(prompted)))]
     captions = [prompt_of(prompted[i]) + (" (held out)" if prompted[i][3] else "") for i in shown]
-    clips = model.generate(config.prompts, _sampling(config))
+    clips = model.generate(config.prompts, config.evaluate.sampling)
     sheet = contact_sheet([*clips, *(drawn[i] for i in shown)], [*config.prompts, *captions])
     names = ["generated.gif", *(f"generated-{i}.gif" for i in range(1, len(clips)))]
     for name, frames in zip(names, clips, strict=True):
         write_clip(out / name, frames, model.frame_duration_ms)
     write_png(out / "sheet.png", sheet)
-
-
-def _sampling(config: DemoConfig) -> SamplingConfig:
-    return config.evaluate.sampling
 
 
 def _last_metrics(run: Path) -> dict[str, float]:

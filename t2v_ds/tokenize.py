@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,9 @@ from t2v_ds.config import TokenizeConfig
 from t2v_ds.data.manifest import MANIFEST, Manifest, ShardInfo
 from t2v_ds.data.shards import ShardDataset, index_path, load_shard_info, token_members, write_shard
 from t2v_ds.errors import ConfigError, DataError
-from t2v_ds.models.facade import Tokenizer, export_tokenizer, load_tokenizer, require_same_tokenizer
+from t2v_ds.models.facade import TOKENIZER_FOLDER, Tokenizer, load_tokenizer, require_same_tokenizer
 
 logger = logging.getLogger(__name__)
-
-TOKENIZER_FOLDER = "tokenizer"
 
 
 def tokenize(config: TokenizeConfig) -> Manifest:
@@ -73,8 +70,7 @@ def _claim(out: Path, tokenizer: Tokenizer, dataset: ShardDataset, config: Token
     if (inner / "config.json").is_file():
         require_same_tokenizer(load_tokenizer(inner).tokenizer_id, f"what {out} holds", tokenizer.tokenizer_id, config.tokenizer)
     else:
-        shutil.rmtree(inner, ignore_errors=True)  # what a killed run left of it
-        export_tokenizer(inner, tokenizer.model.config, tokenizer.model.state_dict())
+        tokenizer.export_beside(out)
     if (out / MANIFEST).is_file():
         made_of = Manifest.load(out, "tokens").source.get("raw_digest")
         if made_of != dataset.digest:

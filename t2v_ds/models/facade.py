@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from t2v_ds.models.transformer import VideoTransformer
 from t2v_ds.models.vqvae import VQVAE, to_pixels
 
 TOKENIZER, GENERATOR = "tokenizer", "generator"
+TOKENIZER_FOLDER = "tokenizer"  # in a folder of token shards and in a generator's: the tokenizer that they belong to
 
 
 def export_tokenizer(folder: str | Path, config: VQVAEConfig, state: dict[str, Tensor]) -> str:
@@ -78,6 +80,12 @@ class Tokenizer:
         self.model = model.to(device).eval().requires_grad_(False)
         self.tokenizer_id, self.device, self.batch = tokenizer_id, device, batch
         self.precision = precision
+
+    def export_beside(self, folder: Path) -> None:
+        """Write a copy into `folder`/tokenizer, in the place of what stands there or of what a killed run left of it."""
+        inner = folder / TOKENIZER_FOLDER
+        shutil.rmtree(inner, ignore_errors=True)
+        export_tokenizer(inner, self.model.config, self.model.state_dict())
 
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:
@@ -213,7 +221,7 @@ def load_generator(
     config, state = _load(folder, GENERATOR)
     model = VideoTransformer(_config(TransformerConfig, config, "model", folder))
     load_state(model, state, Path(folder) / "model.safetensors")
-    where = tokenizer or Path(folder) / "tokenizer"
+    where = tokenizer or Path(folder) / TOKENIZER_FOLDER
     decoder = load_tokenizer(where, device, precision)
     require_same_tokenizer(config["tokenizer_id"], f"generator {folder}", decoder.tokenizer_id, str(where))
     return Generator(model, decoder, config, torch.device(device), precision)

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,11 +155,8 @@ class TransformerObjective(Objective):
 
     def export(self, folder: Path, state: dict[str, Tensor]) -> None:
         """Write the generator, with its tokenizer in a folder of its own inside."""
-        inner = folder / "tokenizer"
-        if inner.exists():
-            shutil.rmtree(inner)
         tokenizer = self.tokenizer[0]
-        export_tokenizer(inner, tokenizer.model.config, tokenizer.model.state_dict())
+        tokenizer.export_beside(folder)
         config = generator_config(
             self.config.model, self.config.text, self.text.identity(), tokenizer.tokenizer_id,
             self.clips.min_frames, self.clips.max_frames, self.clips.frame_duration_ms,

@@ -18,7 +18,7 @@ from t2v_ds.config import TransformerRunConfig, VQVAERunConfig, to_dict
 from t2v_ds.data.shards import ShardDataset
 from t2v_ds.data.stream import ClipStream, Sample, codes_batch, frames_batch, random_frames
 from t2v_ds.errors import ConfigError
-from t2v_ds.models.facade import load_tokenizer, require_same_tokenizer
+from t2v_ds.models.facade import TOKENIZER_FOLDER, load_tokenizer, require_same_tokenizer
 from t2v_ds.models.text import build_text_encoder
 from t2v_ds.training.distributed import connect
 from t2v_ds.training.ds_config import accumulation_steps
@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 EXAMPLES = 16  # frames in the reconstruction grid
 PROMPTS = 4  # captions of the data drawn in TensorBoard when none are given
-TOKENIZER_FOLDER = "tokenizer"  # beside token shards
 
 
 def train_vqvae(config: VQVAERunConfig) -> dict[str, float]:
