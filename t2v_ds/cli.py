@@ -22,16 +22,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from t2v_ds.config import (
-    DemoConfig,
-    PrepareConfig,
-    SamplingConfig,
-    TokenizeConfig,
-    TransformerRunConfig,
-    VQVAERunConfig,
-    load_config,
-    resolve_recipe,
-)
+from t2v_ds.config import DemoConfig, PrepareConfig, SamplingConfig, TokenizeConfig, TransformerRunConfig, VQVAERunConfig
+from t2v_ds.config_loader import load_config, resolve_recipe
 from t2v_ds.errors import ConfigError, UserError, nearest
 
 

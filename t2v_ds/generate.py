@@ -18,7 +18,7 @@ from t2v_ds.config import SamplingConfig
 from t2v_ds.data.gif import encode_gif
 from t2v_ds.data.video import contact_sheet, write_mp4
 from t2v_ds.errors import ConfigError
-from t2v_ds.models.exported import write_atomically
+from t2v_ds.files import write_atomically
 from t2v_ds.models.facade import Generator
 
 SUFFIXES = (".gif", ".mp4")

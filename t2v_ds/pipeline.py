@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from t2v_ds.config import DemoConfig, EvaluateConfig, to_dict
+from t2v_ds.config import DemoConfig, EvaluateConfig
+from t2v_ds.config_loader import to_dict
 from t2v_ds.data.manifest import Manifest
 from t2v_ds.data.moving_shapes import combinations, draw, draw_clip, random_attributes
 from t2v_ds.data.prepare import prepare
@@ -26,8 +27,8 @@ from t2v_ds.errors import ConfigError
 from t2v_ds.evaluation.faithfulness import accuracy, read_clip
 from t2v_ds.evaluation.reconstruction import measure_reconstruction
 from t2v_ds.evaluation.report import write_report
+from t2v_ds.files import write_atomically
 from t2v_ds.generate import write_clip, write_png
-from t2v_ds.models.exported import write_atomically
 from t2v_ds.models.facade import Generator, load_generator, load_tokenizer
 from t2v_ds.tokenize import tokenize
 from t2v_ds.training.run import train_transformer, train_vqvae

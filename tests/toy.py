@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from t2v_ds.config import TrainConfig, from_dict, to_dict
+from t2v_ds.config import TrainConfig
+from t2v_ds.config_loader import from_dict, to_dict
 from t2v_ds.data.stream import ClipStream
 from t2v_ds.models.exported import export_model
 from t2v_ds.training.distributed import connect, finish

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from t2v_ds.errors import DataError
+from t2v_ds.files import write_atomically
 
 MANIFEST = "manifest.json"
 FORMATS = {"raw": "t2v_ds.raw/1", "tokens": "t2v_ds.tokens/1"}
@@ -84,7 +84,7 @@ class Manifest:
 
     def save(self, folder: str | Path) -> None:
         """Write `manifest.json` into `folder`, whole or not at all."""
-        write_atomic(Path(folder) / MANIFEST, (json.dumps(dataclasses.asdict(self), indent=1) + "\n").encode())
+        write_atomically(Path(folder) / MANIFEST, (json.dumps(dataclasses.asdict(self), indent=1) + "\n").encode())
 
     @classmethod
     def load(cls, folder: str | Path, kind: str | None = None) -> Manifest:
@@ -118,24 +118,3 @@ def digest_of(shards: Sequence[ShardInfo]) -> str:
     """Hash the names and checksums of `shards`."""
     lines = "".join(f"{shard.name} {shard.sha256} {shard.index_sha256}\n" for shard in shards)
     return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file that appears whole or not at all, also when the machine dies."""
-    # The temporary name is fixed, so one left by a killed run is overwritten by the next and not left for ever.
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    rename_durably(temporary, path)
-
-
-def rename_durably(source: Path, target: Path) -> None:
-    """`os.replace`, and wait until the directory that names it is on disk."""
-    os.replace(source, target)
-    descriptor = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from t2v_ds.config import PrepareConfig
-from t2v_ds.data.manifest import ShardInfo, write_atomic
+from t2v_ds.data.manifest import ShardInfo
 from t2v_ds.data.shards import index_path, load_shard_info, read_shard, write_shard
 from t2v_ds.errors import DataError
+from t2v_ds.files import write_atomically
 
 BLOCK_ROWS = 16  # rows that one worker does at a time: what a kill can lose
 REJECTED = "rejected.jsonl"
@@ -86,7 +87,7 @@ class Packer:
     def write_rejected(self) -> None:
         """Write `rejected.jsonl`, in the order of the source."""
         lines = [json.dumps(one) + "\n" for block in range(self.blocks) for one in self._result(block)["rejected"]]
-        write_atomic(self.out / REJECTED, "".join(lines).encode())
+        write_atomically(self.out / REJECTED, "".join(lines).encode())
 
     def _shard_path(self, number: int) -> Path:
         return self.out / f"raw-{number:05d}.tar"

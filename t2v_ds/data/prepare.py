@@ -33,11 +33,12 @@ from tqdm import tqdm
 
 from t2v_ds.config import PrepareConfig
 from t2v_ds.data.gif import RejectedClip
-from t2v_ds.data.manifest import MANIFEST, Manifest, rename_durably, write_atomic
+from t2v_ds.data.manifest import MANIFEST, Manifest
 from t2v_ds.data.pack import CLIPS, REJECTED, RESULT, Packer, block_folder
 from t2v_ds.data.shards import ShardDataset, raw_members, write_shard
 from t2v_ds.data.sources import Source, open_source
 from t2v_ds.errors import ConfigError, DataError
+from t2v_ds.files import rename_durably, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ def _finished(out: Path, identity: dict[str, Any]) -> Manifest | None:
         raise DataError(f"{out} holds shards but no {MANIFEST}: it is not a folder that prepare can continue; choose another or empty it")
     else:
         (out / ".work").mkdir(exist_ok=True)
-        write_atomic(settings, json.dumps(identity, indent=1).encode())
+        write_atomically(settings, json.dumps(identity, indent=1).encode())
     return None
 
 
@@ -210,7 +211,7 @@ def _make_block(source: Source, config: PrepareConfig, block: int, rows: range) 
 
     source.prefetch(rows, config)
     shard = write_shard(temporary / CLIPS, clips())
-    write_atomic(temporary / RESULT, json.dumps({"kept": shard.clips, "rejected": rejected}).encode())
+    write_atomically(temporary / RESULT, json.dumps({"kept": shard.clips, "rejected": rejected}).encode())
     rename_durably(temporary, block_folder(work, block))
     source.release(rows, config)
     return block

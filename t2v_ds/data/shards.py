@@ -22,8 +22,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from t2v_ds.data.manifest import MANIFEST, STAGES, Manifest, ShardInfo, digest_of, rename_durably, write_atomic
+from t2v_ds.data.manifest import MANIFEST, STAGES, Manifest, ShardInfo, digest_of
 from t2v_ds.errors import DataError
+from t2v_ds.files import rename_durably, write_atomically
 
 __all__ = [
     "Manifest",
@@ -35,7 +36,6 @@ __all__ = [
     "raw_members",
     "read_shard",
     "token_members",
-    "write_atomic",
     "write_shard",
 ]
 
@@ -110,7 +110,7 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]
         os.fsync(file.fileno())
     rename_durably(temporary, path)
     index = {"format": _INDEX_FORMAT, "shard": path.name, "bytes": size, "sha256": digest.hexdigest(), "chunk": chunk, "clips": clips}
-    write_atomic(index_path(path), (json.dumps(index) + "\n").encode())
+    write_atomically(index_path(path), (json.dumps(index) + "\n").encode())
     return load_shard_info(path)
 
 

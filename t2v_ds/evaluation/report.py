@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from t2v_ds.models.exported import write_atomically
+from t2v_ds.files import write_atomically
 
 
 def write_report(out: Path, config: dict[str, Any], seconds: dict[str, float], results: dict[str, Any]) -> Path:

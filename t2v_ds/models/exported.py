@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +13,11 @@ from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
 
 from t2v_ds.errors import CheckpointError, nearest
+from t2v_ds.files import write_atomically
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 METADATA_KEY = "t2v_ds"  # one only: safetensors writes several in random order, and equal exports shall be equal files
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name, force it to disk, then rename it: readers see all of it or none."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Force the names in a folder to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def export_model(folder: str | Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:
@@ -135,11 +114,3 @@ def content_id(config: dict[str, Any], state: dict[str, Tensor]) -> str:
         digest.update(f"\0{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
     return digest.hexdigest()[:16]
-
-
-def remove_folder(folder: Path) -> None:
-    """Delete a folder so that readers see it whole or not at all: rename first, then delete."""
-    doomed = folder.with_name(f"{folder.name}.deleting")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.replace(folder, doomed)
-    shutil.rmtree(doomed)

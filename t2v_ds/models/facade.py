@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from t2v_ds.config import SamplingConfig, TextConfig, TransformerConfig, VQVAEConfig, from_dict, to_dict
+from t2v_ds.config import SamplingConfig, TextConfig, TransformerConfig, VQVAEConfig
+from t2v_ds.config_loader import from_dict, to_dict
 from t2v_ds.errors import CheckpointError, ConfigError
 from t2v_ds.models.exported import content_id, export_model, load_exported, load_state
 from t2v_ds.models.sampling import sample_codes

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from t2v_ds.errors import CheckpointError
-from t2v_ds.models.exported import remove_folder, sync_folder, write_atomically
+from t2v_ds.files import remove_folder, sync, write_atomically
 from t2v_ds.training import portable
 from t2v_ds.training.distributed import Collectives
 from t2v_ds.training.engine import Engine
@@ -74,7 +74,7 @@ def remove_leftovers(run: Path) -> None:
     for path in folder.iterdir() if folder.is_dir() else []:
         if path.name.endswith((".partial", ".deleting")):
             shutil.rmtree(path, ignore_errors=True)
-    for path in run.glob(".*.partial"):  # of `write_atomically`
+    for path in run.glob(".*.tmp"):  # of `write_atomically`
         path.unlink(missing_ok=True)
 
 
@@ -154,7 +154,7 @@ def save_checkpoint(engine: Engine, run: Path, state: dict[str, Any], keep: int)
     if collectives.rank == 0:
         write_atomically(partial / COMPLETE_FILE, json.dumps({"files": files}, indent=1).encode())
         os.replace(partial, final)
-        sync_folder(final.parent)
+        sync(final.parent)
         remove_old(run, keep)
     collectives.barrier()
     return final

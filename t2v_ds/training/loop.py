@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from t2v_ds.config import TrainConfig
 from t2v_ds.errors import CheckpointError, ConfigError
-from t2v_ds.models.exported import remove_folder, write_atomically
+from t2v_ds.files import remove_folder, write_atomically
 from t2v_ds.training import checkpoint, health
 from t2v_ds.training.distributed import Collectives, connect
 from t2v_ds.training.engine import Engine

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2v_ds.models.exported import sync_folder, write_atomically
+from t2v_ds.files import sync, write_atomically
 from t2v_ds.training.distributed import Collectives
 
 METRICS_FILE = "metrics.jsonl"
@@ -57,7 +57,7 @@ def append_metrics(path: Path, step: int, values: dict[str, float]) -> None:
 def sync_file(path: Path) -> None:
     """Force what was written to a file to disk, where it exists."""
     if path.exists():
-        sync_folder(path)
+        sync(path)
 
 
 def truncate_metrics(path: Path, step: int) -> None:

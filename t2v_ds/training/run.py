@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from t2v_ds.config import TransformerRunConfig, VQVAERunConfig, to_dict
+from t2v_ds.config import TransformerRunConfig, VQVAERunConfig
+from t2v_ds.config_loader import to_dict
 from t2v_ds.data.shards import ShardDataset
 from t2v_ds.data.stream import ClipStream, Sample, codes_batch, frames_batch, random_frames
 from t2v_ds.errors import ConfigError

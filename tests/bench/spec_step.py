@@ -20,7 +20,8 @@ def measure(model: str, layers: int, precision: str) -> tuple[float, float, floa
     import numpy as np
     import torch
 
-    from t2v_ds.config import TransformerRunConfig, VQVAERunConfig, load_config, resolve_recipe
+    from t2v_ds.config import TransformerRunConfig, VQVAERunConfig
+    from t2v_ds.config_loader import load_config, resolve_recipe
     from t2v_ds.models.facade import Tokenizer
     from t2v_ds.models.text import build_text_encoder
     from t2v_ds.models.vqvae import VQVAE

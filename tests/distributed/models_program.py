@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from t2v_ds.config import TransformerRunConfig, VQVAERunConfig, from_dict
+from t2v_ds.config import TransformerRunConfig, VQVAERunConfig
+from t2v_ds.config_loader import from_dict
 from t2v_ds.training import run as stages
 from t2v_ds.training.distributed import finish
 from t2v_ds.training.engine import Engine

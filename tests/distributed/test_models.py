@@ -23,7 +23,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from t2v_ds.config import PrepareConfig, QuantizerConfig, TokenizeConfig, VQVAEConfig, to_dict
+from t2v_ds.config import PrepareConfig, QuantizerConfig, TokenizeConfig, VQVAEConfig
+from t2v_ds.config_loader import to_dict
 from t2v_ds.data.prepare import prepare
 from t2v_ds.data.shards import ShardDataset
 from t2v_ds.models.facade import export_tokenizer

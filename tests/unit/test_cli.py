@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from t2v_ds import __version__, cli
-from t2v_ds.config import DemoConfig, PrepareConfig, SamplingConfig, to_dict
+from t2v_ds.config import DemoConfig, PrepareConfig, SamplingConfig
+from t2v_ds.config_loader import to_dict
 from t2v_ds.errors import ConfigError, DataError
 from tests.helpers import environment
 

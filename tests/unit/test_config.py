@@ -23,11 +23,8 @@ from t2v_ds.config import (
     TransformerRunConfig,
     VQVAEConfig,
     VQVAERunConfig,
-    from_dict,
-    load_config,
-    resolve_recipe,
-    to_dict,
 )
+from t2v_ds.config_loader import from_dict, load_config, resolve_recipe, to_dict
 from t2v_ds.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from t2v_ds.config import TrainConfig, to_dict
+from t2v_ds.config import TrainConfig
+from t2v_ds.config_loader import to_dict
 from t2v_ds.data.stream import ClipStream
 from t2v_ds.errors import UserError
 from t2v_ds.training.health import WATCHDOG_EXIT_CODE, NonFinitePolicy, StopRequested, Watchdog

@@ -1,0 +1,162 @@
+"""Filling the dataclasses of `config.py`: defaults <- YAML file <- `key=value` overrides.
+
+An unknown key is an error that names the nearest valid ones; a value of the wrong type is one that names the key and
+what is expected there. Ranges are checked by the dataclasses themselves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from t2v_ds.errors import ConfigError, nearest
+
+T = TypeVar("T")
+
+
+def load_config(cls: type[T], path: str | Path | None = None, overrides: Iterable[str] = ()) -> T:
+    """Build `cls` from its defaults, then a YAML file, then `key=value` overrides.
+
+    Args:
+        cls: one of the dataclasses of `config.py`.
+        path: a YAML file whose keys are those of `cls`; None: defaults only.
+        overrides: `a.b=value` strings; values are read as YAML.
+
+    Raises:
+        ConfigError: unreadable file, unknown key (names the nearest valid ones), wrong type, or value out of range.
+    """
+    data: dict[str, Any] = {}
+    origin = "defaults"
+    if path is not None:
+        origin = str(path)
+        data = _read_yaml(Path(path))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override '{override}' is not of the form key=value, such as train.steps=100")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        _set_nested(data, key.split("."), value, override)
+    return from_dict(cls, data, origin)
+
+
+def from_dict(cls: type[T], data: dict[str, Any], origin: str = "config", prefix: str = "") -> T:
+    """Build the dataclass `cls` from nested dictionaries; errors name `origin` and the dotted key."""
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        dotted = f"{prefix}{key}"
+        if key not in names:
+            choices = [f"{prefix}{name}" for name in names]
+            raise ConfigError(f"unknown setting '{dotted}' in {origin}: {nearest(dotted, choices)}")
+        values[key] = _coerce(hints[key], value, dotted, origin)
+    return cls(**values)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Turn a config dataclass into plain dictionaries and lists, as written to `config.json` and YAML."""
+    return typing.cast("dict[str, Any]", _plain(dataclasses.asdict(config)))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read config file {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config file {path} is not UTF-8 text") from error
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"config file {path} holds a {type(data).__name__}; expected settings as 'key: value'")
+    return data
+
+
+def _set_nested(data: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+    for key in keys[:-1]:
+        inner = data.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"override '{override}': '{key}' is a value, not a group of settings")
+        data = inner
+    data[keys[-1]] = value
+
+
+def _coerce(hint: Any, value: Any, key: str, origin: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ConfigError(f"setting '{key}' in {origin} is {value!r}; expected a group of settings")
+        return from_dict(typing.cast("type[Any]", hint), value, origin, prefix=f"{key}.")
+    if typing.get_origin(hint) is tuple:
+        item = typing.get_args(hint)[0]
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_coerce(item, one, key, origin) for one in items)
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):  # pragma: no cover - no setting is a union today
+        raise TypeError(f"{key}: unions are not supported")
+    return _scalar(hint, value, key, origin)
+
+
+def _scalar(hint: Any, value: Any, key: str, origin: str) -> Any:
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is int and isinstance(value, (int, float)) and not isinstance(value, bool) and float(value).is_integer():
+        return int(value)
+    if hint is float and not isinstance(value, bool):
+        try:
+            number = float(value)  # also reads YAML's "1e-4", which is text to YAML 1.1
+        except (TypeError, ValueError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    if hint is str:
+        if value is None:
+            return ""
+        if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            return str(value)
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    raise ConfigError(f"setting '{key}' in {origin} is {value!r}; expected {names[hint]}")
+
+
+def resolve_recipe(name: str) -> Path:
+    """A recipe's file: a path as it is, or the name of one in `configs/` (such as "demo").
+
+    Raises:
+        ConfigError: there is no such file; names the recipes that there are.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        return path
+    recipes = {file.name.removesuffix(".yaml"): file for file in _recipe_files()}
+    if name not in recipes:
+        raise ConfigError(f"--config is {name!r}, which is no file and no recipe: {nearest(name, recipes)}")
+    return recipes[name]
+
+
+def _recipe_files() -> list[Path]:
+    """The YAML files of `configs/`: in a checkout beside the package, in an installation inside it."""
+    for folder in (Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs"):
+        files = sorted(folder.glob("*.yaml"))
+        if files:
+            return files
+    return []
