@@ -128,7 +128,7 @@ class Quantizer(nn.Module):
         self.collectives: Collectives = SingleProcess()
         self._counts: Tensor | None = None  # collected since the last update
         self._sums: Tensor | None = None
-        self._recent: Tensor | None = None  # [M, D]: latents of the last forward pass, candidates for revival
+        self._latents: list[Tensor] = []  # [M, D] a forward pass since the last update: candidates for revival
 
     def forward(self, latents: Tensor) -> QuantizerOutput:
         """Quantize latents [N, D, h, w]; in training mode also collects the statistics that `update` uses."""
@@ -155,7 +155,7 @@ class Quantizer(nn.Module):
     def _pass_through(self, latents: Tensor, flat: Tensor) -> QuantizerOutput:
         """Before the start: the latents themselves, with losses of the codebook that are 0."""
         n, _, h, w = latents.shape
-        self._recent = flat.detach()
+        self._latents.append(flat.detach())
         codes = torch.zeros(n, h, w, dtype=torch.int64, device=latents.device)
         size = self.config.codebook_size
         return QuantizerOutput(codes, latents, latents, latents, lambda: latents.new_full((size,), 1 / size))
@@ -164,7 +164,7 @@ class Quantizer(nn.Module):
         codes, _, counts, sums = vq_assign(flat, self.codebook.detach())
         self._counts = counts if self._counts is None else self._counts + counts
         self._sums = sums if self._sums is None else self._sums + sums
-        self._recent = flat
+        self._latents.append(flat)
         return codes
 
     def _soft_usage(self, flat: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def initialise(self, step: int, seed: int, access: ParameterAccess | None = None) -> None:
-        """Set the codebook to latents of the last forward pass, the same on all ranks, and start quantizing.
+        """Set the codebook to latents of the last step, the same on all ranks, and start quantizing.
 
         Chosen in rounds, each with probability proportional to the squared distance to those chosen before (k-means||,
         Bahmani et al. 2012): what is rare in the data gets codes too.
@@ -202,6 +202,7 @@ class Quantizer(nn.Module):
     def discard(self) -> None:
         """Forget what forward passes have collected since the last update."""
         self._counts = self._sums = None
+        self._latents = []
 
     @torch.no_grad()
     def update(self, step: int, seed: int, access: ParameterAccess | None = None) -> dict[str, float]:
@@ -214,6 +215,7 @@ class Quantizer(nn.Module):
         if not self.started:
             if step >= self.config.warmup_steps:
                 self.initialise(step, seed, access)
+            self.discard()
             return {}
         if self._counts is None or self._sums is None:
             raise RuntimeError("Quantizer.update needs a forward pass in training mode first")
@@ -224,10 +226,10 @@ class Quantizer(nn.Module):
             self.sums.mul_(decay).add_(self.collectives.all_reduce_sum(self._sums), alpha=1 - decay)
             alive = self.usage > 1e-6  # below, the quotient is noise and the code is about to be revived
             self.codebook[alive] = self.sums[alive] / self.usage[alive, None]
-        self.discard()
         revived = 0
         if self.config.revive_every and step % self.config.revive_every == 0:
             revived = self._revive(step, seed, access)
+        self.discard()
         share = counts / counts.sum()
         entropy = -(share * share.clamp_min(1e-12).log()).sum()
         return {"perplexity": float(entropy.exp()), "code_use": float((counts > 0).float().mean()), "revived": float(revived)}
@@ -258,17 +260,19 @@ class Quantizer(nn.Module):
             self.sums[codes] = rows * mean
 
     def _squared_errors(self, codebook: Tensor) -> Tensor:
-        """Squared distance of each of this rank's last latents to the nearest of `codebook` [k, D]: [M] fp32."""
-        nearest = codebook[vq_lookup(self._candidates(), codebook)]
-        return (self._candidates() - nearest).square().sum(1)
+        """Squared distance of each of this rank's latents of the step to the nearest of `codebook` [k, D]: [M] fp32."""
+        latents = self._candidates()
+        return (latents - codebook[vq_lookup(latents, codebook)]).square().sum(1)
 
     def _candidates(self) -> Tensor:
-        if self._recent is None:
-            raise RuntimeError("the quantizer has seen no latents yet")
-        return self._recent
+        if not self._latents:
+            raise RuntimeError("the quantizer has seen no latents since its last update")
+        if len(self._latents) > 1:  # micro-batches of one step
+            self._latents = [torch.cat(self._latents)]
+        return self._latents[0]
 
     def _pick(self, count: int, weights: Tensor, entropy: np.random.SeedSequence) -> Tensor:
-        """Pick `count` latents of the last batch of all ranks with probability proportional to their weights [M].
+        """Pick `count` latents of the step's batch of all ranks with probability proportional to their weights [M].
 
         Ranks hold equal, consecutive parts of the global batch and draw by systematic sampling over its cumulated weights, so
         that all of them pick the same latents [count, D], whatever their number.

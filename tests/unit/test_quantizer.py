@@ -118,23 +118,28 @@ def test_ema_update_equals_the_published_rule() -> None:
         module.update(6, seed=0)
 
 
-def test_two_ranks_with_half_the_batch_each_move_the_codebook_like_one() -> None:
+@pytest.mark.parametrize("warmup_steps", [0, 1])
+def test_two_ranks_or_two_micro_batches_move_the_codebook_like_one(warmup_steps: int) -> None:
     batches = [exact_latents(8, seed) for seed in range(4)]
 
-    def program(module: Quantizer, rank: int | None) -> list[dict[str, float]]:
+    def program(module: Quantizer, rank: int | None, micro_batches: int = 1) -> list[dict[str, float]]:
         metrics = []
         for step, batch in enumerate(batches, start=1):
-            module(batch if rank is None else batch.chunk(2)[rank])
+            for part in (batch if rank is None else batch.chunk(2)[rank]).chunk(micro_batches):
+                module(part)
             metrics.append(module.update(step, seed=5))
         return metrics
 
     def build() -> Quantizer:
-        return make(decay=0.5, revive_every=2, dead_below=0.9)
+        module = make(decay=0.5, revive_every=2, dead_below=0.9, warmup_steps=warmup_steps)
+        module.started.fill_(0 if warmup_steps else 1)
+        return module
 
-    alone = build()
+    alone, accumulating = build(), build()
     expected = program(alone, None)
-    assert sum(one["revived"] for one in expected) > 0
-    for module, metrics in on_two_ranks(build, program):
+    assert sum(one["revived"] for one in expected[warmup_steps:]) > 0
+    results = [*on_two_ranks(build, program), *on_two_ranks(build, lambda module, rank: program(module, rank, 2))]
+    for module, metrics in [*results, (accumulating, program(accumulating, None, 4))]:
         assert metrics == expected
         for name, tensor in alone.state_dict().items():
             assert torch.equal(module.state_dict()[name], tensor), name
