@@ -94,20 +94,18 @@ class VQVAEConfig:
     image_size: int = 128
     stem_channels: int = 128
     channel_multipliers: tuple[int, ...] = (1, 2)  # one halving of the resolution each
-    residual_blocks: tuple[int, ...] = (1, 2)  # at each resolution, in the decoder, and in the encoder unless the next says
+    residual_blocks: tuple[int, ...] = (1, 2)  # at each resolution, in the encoder and in the decoder
     norm_groups: int = 16
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
-    encoder_blocks: tuple[int, ...] = ()  # at each resolution, in the encoder; zeros: a code sees little beyond its own pixels
+    patch_encoder: bool = False  # encode each code's own pixels alone: no residual blocks in the encoder, no overlapping convolutions
 
     def __post_init__(self) -> None:
         levels = len(self.channel_multipliers)
         require(levels >= 1, "model.channel_multipliers", self.channel_multipliers, "at least one entry")
         require(min(self.channel_multipliers) >= 1, "model.channel_multipliers", self.channel_multipliers, "entries >= 1")
-        for name in ("residual_blocks", "encoder_blocks"):
-            blocks = getattr(self, name)
-            if blocks or name == "residual_blocks":
-                allowed = f"{levels} entries >= 0, one for each of channel_multipliers"
-                require(len(blocks) == levels and min(blocks) >= 0, f"model.{name}", blocks, allowed)
+        blocks = self.residual_blocks
+        allowed = f"{levels} entries >= 0, one for each of channel_multipliers"
+        require(len(blocks) == levels and min(blocks) >= 0, "model.residual_blocks", blocks, allowed)
         require(
             self.image_size % self.downsampling == 0 and self.image_size >= self.downsampling,
             "model.image_size",
@@ -244,7 +242,7 @@ class TransformerConfig:
     dropout: float = 0.0
     max_frames: int = 40
     group: int = 1  # each position carries group x group codes
-    previous_frame_kernel: int = 3  # positions see this neighbourhood of the frame before as input; 0: off
+    neighbourhood: int = 3  # positions are fed the codes this far around: in the frame before, and in the rows above; 0: off
     activation_checkpointing: bool = False
     # Filled in from the token shards:
     grid_size: int = 32
@@ -260,8 +258,8 @@ class TransformerConfig:
         require(self.max_frames >= 1, "model.max_frames", self.max_frames, ">= 1")
         require(self.group >= 1, "model.group", self.group, ">= 1")
         require(self.grid_size % self.group == 0, "model.group", self.group, f"a divisor of the grid ({self.grid_size} codes a side)")
-        kernel = self.previous_frame_kernel
-        require(kernel == 0 or (kernel > 0 and kernel % 2 == 1), "model.previous_frame_kernel", kernel, "0 or an odd number")
+        side = self.neighbourhood
+        require(side == 0 or (side > 0 and side % 2 == 1), "model.neighbourhood", side, "0 or an odd number")
 
 
 @dataclass
@@ -308,8 +306,8 @@ class SamplingConfig:
 
     temperature: float = 1.0
     top_k: int = 0  # 0: all codes
-    top_p: float = 1.0
-    guidance: float = 3.0  # classifier-free guidance scale; 1: off
+    top_p: float = 0.9  # 1: all codes
+    guidance: float = 1.5  # classifier-free guidance scale; 1: off
     frames: int = 0  # exact number of frames; 0: until the model ends the clip
     seed: int = 0
 

@@ -140,17 +140,20 @@ class _FrameDecoder:
         """Draw frame `t` after `frames` (each [B, P, G]): (groups [B, P, G], whether the clip ended before it [B])."""
         model = self.model
         where = model.place_and_time(torch.tensor([t], device=self.caption.device))[0]  # [P, width]
-        seen = torch.zeros(len(self.caption), model.positions, model.config.width, device=self.caption.device)
-        if frames:
-            seen = model.frame_before(model.embed_codes(self.guided.double(frames[-1])))
+        nothing = torch.zeros(len(self.caption), model.positions, model.config.width, device=self.caption.device)
+        before = model.embed_codes(self.guided.double(frames[-1])) if frames else nothing
+        current = nothing.clone()  # filled in as positions are drawn
         groups, ends = [], torch.zeros(0)
         for p in range(model.positions):
-            x = self.last + seen[:, p] + where[p] + self.caption
+            row, column = divmod(p, model.side)
+            if column == 0:
+                near = model.neighbours(before, current, row)
+            x = self.last + near[:, column] + where[p] + self.caption
             state = model.states(x, self.one, self.cache)
             if p == 0:
                 ends = self.guided.mix(model.end(state)).squeeze(-1) > 0
             groups.append(self._draw_group(state))
-            self.last = model.embed_codes(self.guided.double(groups[-1]))
+            self.last = current[:, p] = model.embed_codes(self.guided.double(groups[-1]))
         return torch.stack(groups, dim=1), ends
 
     def _draw_group(self, state: Tensor) -> Tensor:

@@ -1,14 +1,15 @@
 """The autoregressive transformer: text -> codes, frame after frame.
 
-    codes [B, T, h, w] -> groups [B, T*P, G]   P positions a frame, each with G = group x group codes
+    codes [B, T, h, w] -> groups [B, T, P, G]   P positions a frame, each with G = group x group codes
     position i is fed:  codes of position i-1          (learned embeddings, one table a slot of the group)
-                      + the frame before, around i     (a convolution over its embeddings: what moves, moves little)
+                      + codes around i                 (in the frame before, and in the rows above: what moves, moves little,
+                                                        and edges go on; a convolution that sees only what is drawn already)
                       + place in the frame, number of the frame (learned positional and temporal embeddings)
                       + the caption as a whole         (and, as a prefix, word by word)
     pre-norm causal blocks -> state i -> the codes of position i, one slot after another (a small head that is
     itself autoregressive over the group), and "does the clip end here?" at each frame's first position.
 
-Real lengths: clips of a batch are packed for everything that works position by position; only attention sees them
+Real lengths: the clips of a batch lie one behind the other (`Layout`), each with its own length; only attention sees them
 padded, to the longest of those of like length, which the causal mask makes harmless. A clip of 17 frames costs 17 frames.
 
 The blocks are those of Radford et al. 2019 (pre-norm) with RMSNorm (Zhang & Sennrich 2019) and normalised queries
@@ -83,6 +84,45 @@ class Packing:
             return packed.view(*self.shape, *packed.shape[1:])
         flat = packed.new_zeros(self.shape[0] * self.shape[1], *packed.shape[1:])
         return flat.index_copy(0, self.index, packed).view(*self.shape, *packed.shape[1:])
+
+
+class Layout:
+    """Where the parts of a batch of clips lie when they are packed: clip after clip its prefix, its frames, its end.
+
+    Args:
+        lengths: int64 [B], frames of each clip.
+        prefix: positions of each clip's prefix, W.
+        positions: of a frame, P.
+    """
+
+    def __init__(self, lengths: Tensor, prefix: int, positions: int) -> None:
+        device, clips = lengths.device, len(lengths)
+        self.lengths = lengths
+        self.clip = torch.arange(clips, device=device).repeat_interleave(lengths)  # [F]: the clip of each frame
+        first = lengths.cumsum(0) - lengths  # [B]: each clip's first frame
+        self.number = torch.arange(len(self.clip), device=device) - first[self.clip]  # [F]: the frame's number in what is given
+        total = prefix + lengths * positions + 1  # [B]
+        start = total.cumsum(0) - total
+        frame = (start[self.clip] + prefix + self.number * positions)[:, None] + torch.arange(positions, device=device)  # [F, P]
+        words = start[:, None] + torch.arange(prefix, device=device)  # [B, W]
+        self._rows = torch.cat([words.flatten(), frame.flatten(), start + total - 1])
+        self._sizes = [words.numel(), frame.numel(), clips]
+        self.packing = Packing(total, int(total.max()))
+
+    def pack(self, prefix: Tensor, frames: Tensor, ends: Tensor) -> Tensor:
+        """[B*W, width], [F*P, width], [B, width] -> packed [N, width]."""
+        parts = torch.cat([prefix, frames, ends])
+        return torch.empty_like(parts).index_copy(0, self._rows, parts)
+
+    def unpack(self, packed: Tensor) -> tuple[Tensor, Tensor]:
+        """Packed [N, width] -> frames [F*P, width], ends [B, width]."""
+        _, frames, ends = packed[self._rows].split(self._sizes)
+        return frames, ends
+
+    def clip_sums(self, values: Tensor) -> Tensor:
+        """Values of the frames [F] -> their sums a clip [B]."""
+        member = self.clip == torch.arange(len(self.lengths), device=values.device)[:, None]  # [B, F]
+        return (values * member).sum(1)
 
 
 class RMSNorm(nn.Module):
@@ -195,8 +235,11 @@ class VideoTransformer(nn.Module):
         self.word = nn.Linear(config.text_width, width)
         self.caption = nn.Linear(config.text_width, width)
         self.no_word = nn.Parameter(torch.zeros(width))  # fills the prefix behind a caption's last word
-        kernel = config.previous_frame_kernel
-        self.before = nn.Conv2d(width, width, kernel, padding=kernel // 2, bias=False) if kernel else None
+        reach = range(-(config.neighbourhood // 2), config.neighbourhood // 2 + 1) if config.neighbourhood else range(0)
+        self.offsets_before = [(y, x) for y in reach for x in reach]  # in the frame before
+        self.offsets_above = [(y, x) for y, x in self.offsets_before if y < 0]  # in the frame itself
+        taps = len(self.offsets_before) + len(self.offsets_above)
+        self.around = nn.Linear(taps * width, width, bias=False) if taps else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(width)
         self.head = GroupHead(config)
@@ -216,8 +259,6 @@ class VideoTransformer(nn.Module):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-        if isinstance(module, nn.Conv2d):
-            nn.init.normal_(module.weight, std=0.02)
 
     @torch.no_grad()
     def initialise_codes(self, codebook: Tensor) -> None:
@@ -257,7 +298,8 @@ class VideoTransformer(nn.Module):
 
     def embed_codes(self, groups: Tensor) -> Tensor:
         """Groups [..., G] -> [..., width]."""
-        return torch.stack([table(groups[..., i]) for i, table in enumerate(self.codes)]).sum(0)
+        embedded: Tensor = sum(table(groups[..., i]) for i, table in enumerate(self.codes))  # type: ignore[assignment]
+        return embedded
 
     def text_inputs(self, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Word vectors [B, W, text width], mask [B, W] -> prefix [B, W, width], caption [B, width]."""
@@ -267,32 +309,57 @@ class VideoTransformer(nn.Module):
         pooled = (text * mask[..., None]).sum(1) / count.sqrt()
         return prefix, self.caption(pooled)
 
-    def frame_before(self, embedded: Tensor) -> Tensor:
-        """Embeddings [N, P, width] of frames -> what the next frame's positions see of them [N, P, width]."""
-        if self.before is None:
-            return torch.zeros_like(embedded)
-        n, _, width = embedded.shape
-        grid = embedded.transpose(1, 2).reshape(n, width, self.side, self.side)
-        seen: Tensor = self.before(grid)
-        return seen.flatten(2).transpose(1, 2)
+    def neighbours(self, before: Tensor, current: Tensor, row: int | None = None) -> Tensor:
+        """What positions are fed of the codes around them.
+
+        Args:
+            before: embeddings [N, P, width] of the frames before.
+            current: embeddings [N, P, width] of the frames themselves, of which only rows above a position are used.
+            row: only for the positions of this row; None: for all.
+
+        Returns:
+            [N, P, width], or [N, P / side, width] of `row`.
+        """
+        first, last = (0, self.side) if row is None else (row, row + 1)
+        if self.around is None:
+            return torch.zeros_like(current[:, : (last - first) * self.side])
+        margin = self.config.neighbourhood // 2
+        taps = []
+        for frames, offsets in ((before, self.offsets_before), (current, self.offsets_above)):
+            padded = F.pad(frames.unflatten(1, (self.side, self.side)), (0, 0, margin, margin, margin, margin))
+            for y, x in offsets:
+                taps.append(padded[:, margin + y + first : margin + y + last, margin + x : margin + x + self.side])
+        fed: Tensor = self.around(torch.cat(taps, dim=-1))
+        return fed.flatten(1, 2)
 
     def place_and_time(self, frames: Tensor) -> Tensor:
         """Frame numbers [...] -> [..., P, width]."""
-        time: Tensor = self.time(frames)
+        time: Tensor = self.time(frames.clamp_max(self.config.max_frames))
         place: Tensor = self.place.weight
         return time[..., None, :] + place
 
-    def inputs(self, groups: Tensor, caption: Tensor, starts: Tensor) -> Tensor:
-        """Groups [B, T, P, G] from frame starts [B] on, caption [B, width] -> inputs [B, T*P + 1, width]; the last is the end's."""
-        b, t, p, _ = groups.shape
-        embedded = self.embed_codes(groups)  # [B, T, P, width]
-        # Position i is fed the codes of i - 1; the one behind the last frame only decides whether the clip ends.
-        shifted = torch.cat([self.start.to(embedded.dtype).expand(b, 1, -1), embedded.flatten(1, 2)], dim=1)
-        seen = self.frame_before(embedded.flatten(0, 1)).view(b, t, p, -1)
-        seen = torch.cat([torch.zeros_like(seen[:, :1]), seen], dim=1).flatten(1, 2)[:, : t * p + 1]
-        frames = (starts[:, None] + torch.arange(t + 1, device=groups.device)).clamp_max(self.config.max_frames)  # [B, T + 1]
-        where = self.place_and_time(frames).flatten(1, 2)[:, : t * p + 1]
-        return shifted + seen + where + caption[:, None]
+    def inputs(self, groups: Tensor, caption: Tensor, starts: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Inputs of frames and of clips' ends.
+
+        Args:
+            groups: [F, P, G], the frames of all clips, one behind the other.
+            caption: [B, width]; starts: [B], the number of each clip's first frame given.
+
+        Returns:
+            [F*P, width] and [B, width]; the end is one position more, which only decides whether the clip ends there.
+        """
+        embedded = self.embed_codes(groups)  # [F, P, width]
+        ends = layout.lengths.cumsum(0) - 1  # [B]: the last frame of each clip
+        opens = (layout.number == 0)[:, None, None]  # [F, 1, 1]: the first frames, which have none before them
+        before = torch.cat([torch.zeros_like(embedded[:1]), embedded[:-1]]).masked_fill(opens, 0)
+        previous = torch.cat([embedded[:1, :1], embedded[:-1, -1:]]).where(~opens, self.start)  # [F, 1, width]
+        previous = torch.cat([previous, embedded[:, :-1]], dim=1)  # [F, P, width]: the codes of position i - 1
+        where = self.place_and_time(starts[layout.clip] + layout.number)
+        frames = previous + self.neighbours(before, embedded) + where + caption[layout.clip, None]
+        last = embedded[ends]
+        near = self.neighbours(last, torch.zeros_like(last), row=0)[:, 0]
+        end = last[:, -1] + near + self.place_and_time(starts + layout.lengths)[:, 0] + caption
+        return frames.flatten(0, 1), end
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
@@ -324,23 +391,16 @@ class VideoTransformer(nn.Module):
         """
         whole = torch.ones_like(lengths, dtype=torch.bool) if starts is None else starts < 0
         first = torch.zeros_like(lengths) if starts is None else starts.clamp_min(0)
-        t = codes.shape[1]
-        groups = self.to_groups(codes)
         prefix, caption = self.text_inputs(text, mask)
-        x = torch.cat([prefix, self.inputs(groups, caption, first)], dim=1)  # [B, W + T*P + 1, width]
-        packing = Packing(prefix.shape[1] + lengths * self.positions + 1, x.shape[1])
-        states = packing.unpack(self.states(packing.pack(x), packing))[:, prefix.shape[1] :]
-        return self._code_loss(states, groups, lengths), self._end_loss(states, lengths, t) * whole
+        layout = Layout(lengths, prefix.shape[1], self.positions)
+        groups = self.to_groups(codes)[layout.clip, layout.number]  # [F, P, G]
+        x = layout.pack(prefix.flatten(0, 1), *self.inputs(groups, caption, first, layout))
+        frames, ends = layout.unpack(self.states(x, layout.packing))  # [F*P, width], [B, width]
+        losses = self.head.loss(frames, groups.flatten(0, 1)).view(len(groups), -1)  # [F, P*G]
+        per_clip = layout.clip_sums(losses.sum(1)) / (lengths * losses.shape[1])
+        return per_clip, self._end_loss(frames, ends, layout) * whole
 
-    def _code_loss(self, states: Tensor, groups: Tensor, lengths: Tensor) -> Tensor:
-        _, t, p, g = groups.shape
-        packing = Packing(lengths * p, t * p)
-        losses = self.head.loss(packing.pack(states[:, : t * p]), packing.pack(groups.flatten(1, 2)))  # [N, G]
-        return packing.unpack(losses).sum((1, 2)) / (lengths * p * g)
-
-    def _end_loss(self, states: Tensor, lengths: Tensor, t: int) -> Tensor:
-        logits = self.end(states[:, :: self.positions]).squeeze(-1).float()  # [B, T + 1]: before each frame
-        frame = torch.arange(t + 1, device=lengths.device)[None]
-        ends = (frame == lengths[:, None]).float()
-        losses = F.binary_cross_entropy_with_logits(logits, ends, reduction="none")
-        return (losses * (frame <= lengths[:, None])).sum(1) / (lengths + 1)
+    def _end_loss(self, frames: Tensor, ends: Tensor, layout: Layout) -> Tensor:
+        goes_on = F.softplus(self.end(frames[:: self.positions]).squeeze(-1).float())  # [F]: -log(1 - p), before each frame
+        stops = F.softplus(-self.end(ends).squeeze(-1).float())  # [B]: -log(p)
+        return (layout.clip_sums(goes_on) + stops) / (layout.lengths + 1)

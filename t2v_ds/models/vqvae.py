@@ -65,9 +65,10 @@ def build_encoder(config: VQVAEConfig) -> nn.Sequential:
     """[N, 3, H, W] in -1..1 -> latents [N, D, H/f, W/f], f = config.downsampling."""
     widths = [config.stem_channels * m for m in config.channel_multipliers]
     layers: list[nn.Module] = []
-    for before, width, blocks in zip([3, *widths[:-1]], widths, config.encoder_blocks or config.residual_blocks, strict=True):
-        layers.append(nn.Conv2d(before, width, 4, stride=2, padding=1))
-        layers += [ResidualBlock(width, config.norm_groups) for _ in range(blocks)] or [nn.SiLU()]
+    kernel, padding = (2, 0) if config.patch_encoder else (4, 1)
+    for before, width, blocks in zip([3, *widths[:-1]], widths, config.residual_blocks, strict=True):
+        layers.append(nn.Conv2d(before, width, kernel, stride=2, padding=padding))
+        layers += [ResidualBlock(width, config.norm_groups) for _ in range(0 if config.patch_encoder else blocks)] or [nn.SiLU()]
     layers.append(nn.Conv2d(widths[-1], config.quantizer.codebook_dim, 1))
     return nn.Sequential(*layers)
 

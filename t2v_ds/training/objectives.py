@@ -66,7 +66,7 @@ class VQVAEObjective(Objective):
         return total, metrics
 
     def initialise(self, batch: dict[str, Any], engine: Engine) -> None:
-        """Without a warm-up: set the codebook from the first batch."""
+        """Without a warm-up: set the codebook from the first micro-batch."""
         if self.model.quantizer.config.warmup_steps:
             return
         with torch.no_grad(), engine.autocast():
@@ -148,7 +148,7 @@ class TransformerObjective(Objective):
                 text, mask = (one.to(engine.device) for one in self.text.encode(self.prompts))
                 limits = {"min_frames": self.clips.min_frames, "max_frames": self.clips.max_frames}
                 with engine.autocast():
-                    drawn = sample_codes(self.model, text, mask, SamplingConfig(top_p=0.95), **limits)
+                    drawn = sample_codes(self.model, text, mask, SamplingConfig(), **limits)
                 for prompt, codes in zip(self.prompts, drawn, strict=True):
                     frames = self.tokenizer[0].decode(codes.cpu().numpy())
                     monitor.clip(f"generated/{prompt}", encode_gif(frames, [self.clips.frame_duration_ms] * len(frames)), step)

@@ -189,7 +189,7 @@ def test_every_setting_says_what_it_is_where_its_name_does_not() -> None:
         (TextConfig, {"tokens": 0}),
         (TransformerConfig, {"width": 10, "heads": 3}),
         (TransformerConfig, {"grid_size": 9, "group": 2}),
-        (TransformerConfig, {"previous_frame_kernel": 2}),
+        (TransformerConfig, {"neighbourhood": 2}),
         (TransformerRunConfig, {"caption_dropout": 1.0}),
         (TokenizeConfig, {"batch_frames": 0}),
         (SamplingConfig, {"top_p": 0.0}),

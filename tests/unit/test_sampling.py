@@ -7,47 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from t2v_ds.config import SamplingConfig, TransformerConfig
+from t2v_ds.config import SamplingConfig
 from t2v_ds.models.sampling import Draws, draw, filter_logits, sample_codes
-from t2v_ds.models.transformer import VideoTransformer
-
-K, TEXT, LONGEST = 13, 5, 6
-
-
-def make(group: int = 2, end: float | None = None, **settings: Any) -> VideoTransformer:
-    """A small model with large weights, so that its choices depend on everything; `end`: what it always says about ending."""
-    torch.manual_seed(0)
-    values: dict[str, Any] = {"width": 16, "layers": 2, "heads": 2, "max_frames": LONGEST, "grid_size": 4, "codebook_size": K}
-    model = VideoTransformer(TransformerConfig(group=group, text_width=TEXT, **{**values, **settings}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.4)
-        if end is not None:
-            model.end.weight.zero_()
-            model.end.bias.fill_(end)
-    return model.eval()
-
-
-def captions(b: int, seed: int = 1) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    mask = torch.arange(3)[None] < torch.randint(1, 4, (b, 1), generator=generator)
-    return torch.randn(b, 3, TEXT, generator=generator) * mask[..., None], mask
-
-
-@torch.no_grad()
-def teacher_forced(model: VideoTransformer, codes: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [B, T*P*G, K] and end logits [B, T + 1] of a forward pass over whole clips, without a cache."""
-    slots: list[Tensor] = []
-    ends: list[Tensor] = []
-    hooks = [layer.register_forward_hook(lambda _, __, out: slots.append(out)) for layer in model.head.logits]
-    hooks.append(model.end.register_forward_hook(lambda _, __, out: ends.append(out)))
-    b, t = codes.shape[:2]
-    model(codes, torch.full((b,), t), text, mask)
-    for hook in hooks:
-        hook.remove()
-    return torch.stack(slots, dim=1).view(b, -1, K), ends[0].squeeze(-1)
+from tests.toy_transformer import LONGEST, K, captions, make, predictions
 
 
 @pytest.mark.parametrize("group", [1, 2])
@@ -55,14 +18,14 @@ def teacher_forced(model: VideoTransformer, codes: Tensor, text: Tensor, mask: T
 @pytest.mark.parametrize("kernel", [0, 3])
 def test_drawing_with_the_cache_equals_computing_everything_anew(group: int, guidance: float, kernel: int) -> None:
     """112 positions a clip, so that the cache also grows (it starts with room for 64)."""
-    model = make(group, previous_frame_kernel=kernel)
+    model = make(group, neighbourhood=kernel)
     text, mask = captions(3)
     drawn = sample_codes(model, text, mask, SamplingConfig(temperature=0, guidance=guidance, frames=LONGEST))
     codes = torch.stack(drawn)
     assert codes.shape == (3, LONGEST, 4, 4)
-    logits, _ = teacher_forced(model, codes, text, mask)
+    logits, _ = predictions(model, codes, text, mask)
     if guidance != 1:
-        free, _ = teacher_forced(model, codes, torch.zeros_like(text), torch.zeros_like(mask))
+        free, _ = predictions(model, codes, torch.zeros_like(text), torch.zeros_like(mask))
         logits = free + guidance * (logits - free)
     chosen = logits.gather(-1, model.to_groups(codes).flatten(1)[..., None]).squeeze(-1)
     best = logits.amax(-1)
@@ -78,16 +41,16 @@ def test_the_length_is_what_the_whole_forward_pass_says(guidance: float) -> None
     text, mask = captions(12)
     with torch.no_grad():  # ends neither always nor never
         model.end.weight.normal_()
-        _, ends = teacher_forced(model, torch.randint(0, K, (12, LONGEST, 4, 4)), text, mask)
+        _, ends = predictions(model, torch.randint(0, K, (12, LONGEST, 4, 4)), text, mask)
         model.end.bias -= ends.quantile(0.7)
     drawn = sample_codes(model, text, mask, SamplingConfig(guidance=guidance, seed=3))
     lengths = [len(codes) for codes in drawn]
     assert len(set(lengths)) > 1
     for b, codes in enumerate(drawn):
         one = slice(b, b + 1)
-        _, ends = teacher_forced(model, codes[None], text[one], mask[one])
+        _, ends = predictions(model, codes[None], text[one], mask[one])
         if guidance != 1:
-            _, free = teacher_forced(model, codes[None], torch.zeros_like(text[one]), torch.zeros_like(mask[one]))
+            _, free = predictions(model, codes[None], torch.zeros_like(text[one]), torch.zeros_like(mask[one]))
             ends = free + guidance * (ends - free)
         decisions = (ends[0] > 0).tolist()  # before each frame, and behind the last
         assert not any(decisions[1 : len(codes)])  # the first frame is always drawn

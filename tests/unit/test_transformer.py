@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -13,43 +12,11 @@ from torch import Tensor
 from t2v_ds.config import TransformerConfig
 from t2v_ds.models.transformer import VideoTransformer
 from t2v_ds.training.optimizer import parameter_groups
-
-K, TEXT = 11, 5
-
-
-def make(group: int = 2, seed: int = 0, std: float = 0.5, **settings: Any) -> VideoTransformer:
-    """A small model with large weights, so that whatever it can see, it shows."""
-    torch.manual_seed(seed)
-    values: dict[str, Any] = {"width": 8, "layers": 2, "heads": 2, "max_frames": 6, "grid_size": 4, "codebook_size": K, "text_width": TEXT}
-    model = VideoTransformer(TransformerConfig(group=group, **{**values, **settings}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=std)
-    return model.eval()
+from tests.toy_transformer import TEXT, K, captions, make, predictions
 
 
 def codes_of(b: int, t: int, seed: int = 0, side: int = 4) -> Tensor:
     return torch.randint(0, K, (b, t, side, side), generator=torch.Generator().manual_seed(seed))
-
-
-def captions(b: int, words: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    text = torch.randn(b, words, TEXT, generator=generator)
-    mask = torch.arange(words)[None] < torch.randint(1, words + 1, (b, 1), generator=generator)
-    return text * mask[..., None], mask
-
-
-@torch.no_grad()
-def predictions(model: VideoTransformer, codes: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """What the model itself computes in a forward pass: logits [B, T*P*G, K] of the codes in order, and [B, T + 1] of the ends."""
-    slots, ends = [], []
-    hooks = [layer.register_forward_hook(lambda _, __, out: slots.append(out)) for layer in model.head.logits]
-    hooks.append(model.end.register_forward_hook(lambda _, __, out: ends.append(out)))
-    b, t = codes.shape[:2]
-    model(codes, torch.full((b,), t), text, mask)
-    for hook in hooks:
-        hook.remove()
-    return torch.stack(slots, dim=1).view(b, -1, K), ends[0].squeeze(-1)
 
 
 def in_order(model: VideoTransformer, codes: Tensor) -> Tensor:
@@ -60,7 +27,7 @@ def in_order(model: VideoTransformer, codes: Tensor) -> Tensor:
 @pytest.mark.parametrize("group", [1, 2])
 @pytest.mark.parametrize("kernel", [0, 3])
 def test_no_prediction_sees_its_own_code_or_a_later_one(group: int, kernel: int) -> None:
-    model = make(group, previous_frame_kernel=kernel)
+    model = make(group, neighbourhood=kernel)
     codes = codes_of(1, 3)
     order = in_order(model, codes)[0]  # [48]
     total = len(order)
@@ -83,8 +50,8 @@ def test_no_prediction_sees_its_own_code_or_a_later_one(group: int, kernel: int)
         assert t == 0 or float(end_difference[: t * per_frame, t].min()) > 0
 
 
-def test_the_frame_before_is_seen_by_its_neighbourhood_alone() -> None:
-    """With attention and the shift cut out, only the convolution is left."""
+def test_a_code_is_fed_to_its_neighbourhood_alone() -> None:
+    """With attention cut out: to the next position, the rows below and the frame behind."""
     model = make(group=1, grid_size=5, std=0.3)
     with torch.no_grad():
         for block in model.blocks:
@@ -97,7 +64,8 @@ def test_the_frame_before_is_seen_by_its_neighbourhood_alone() -> None:
     after, _ = predictions(model, changed, text, mask)
     moved = (after - before).abs().amax(-1).view(3, 5, 5) > 1e-6
     expected = torch.zeros(3, 5, 5, dtype=torch.bool)
-    expected[0, 1, 4] = True  # the next position is fed the code itself
+    expected[0, 1, 4] = True
+    expected[0, 2, 2:5] = True
     expected[1, 0:3, 2:5] = True
     assert torch.equal(moved, expected)
 
@@ -214,7 +182,7 @@ def test_parameter_names_and_what_decays() -> None:
     head = [f"head.{part}" for i in range(4) for part in (f"norms.{i}.weight", f"mixers.{i}.0.weight")]
     head += [f"head.logits.{i}.{part}" for i in range(4) for part in ("weight", "bias")]
     head += [f"head.given.{i}.weight" for i in range(3)]
-    others = "start no_word place.weight time.weight before.weight norm.weight"
+    others = "start no_word place.weight time.weight around.weight norm.weight"
     others += " word.weight word.bias caption.weight caption.bias end.weight end.bias"
     names = {*block, *head, *others.split(), *(f"codes.{i}.weight" for i in range(4))}
     assert set(model.state_dict()) == names
@@ -223,5 +191,5 @@ def test_parameter_names_and_what_decays() -> None:
     one_dimensional = {name for name, parameter in model.named_parameters() if parameter.ndim == 1}
     assert spared == tables | one_dimensional
     assert decayed == names - spared
-    assert not any(name.startswith("before") for name in make(previous_frame_kernel=0).state_dict())
-    assert tuple(model.state_dict()["time.weight"].shape) == (7, 8)  # six frames and the end's
+    assert not any(name.startswith("around") for name in make(neighbourhood=0).state_dict())
+    assert tuple(model.state_dict()["time.weight"].shape) == (7, 16)  # six frames and the end's

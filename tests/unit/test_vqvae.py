@@ -111,6 +111,20 @@ def test_nothing_but_codes_crosses_the_quantizer(training: bool, monkeypatch: py
     assert torch.equal(again, reconstruction)
 
 
+@pytest.mark.parametrize("patch_encoder", [False, True])
+def test_a_patch_encoder_sees_each_codes_own_pixels_alone(patch_encoder: bool) -> None:
+    torch.manual_seed(0)
+    model = VQVAE(VQVAEConfig(SIZE, 8, (1, 2), (1, 1), 4, patch_encoder=patch_encoder)).eval()
+    one = frames(1)
+    other = one.clone()
+    other[0, 4:8, 8:12] = 255 - other[0, 4:8, 8:12]  # the pixels of the code at row 1, column 2
+    moved = (model.latents(other) - model.latents(one)).abs().amax(1)[0] > 1e-6
+    expected = torch.zeros(4, 4, dtype=torch.bool)
+    expected[1, 2] = True
+    assert bool(moved[1, 2])
+    assert torch.equal(moved, expected) == patch_encoder
+
+
 def test_only_uint8_frames_of_the_right_size() -> None:
     model = make()
     for bad in (frames().float(), frames().float() / 255, frames().long(), frames().permute(0, 3, 1, 2), frames()[0]):
