@@ -28,25 +28,24 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y)
-RADII = {"small": 0.125, "large": 0.1875}  # half the side of the bounding box, as a share of the frame's side
-SPEEDS = {"slowly": 0.5, "quickly": 0.95}  # share of the way across the frame that the clip covers
-# Two shades each; of low saturation, so that colour always belongs to the shape.
-BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
-    "dark": ((24, 24, 30), (62, 58, 56)),
-    "light": ((236, 236, 228), (190, 194, 204)),
-}
-PATTERNS = ("plain", "horizon")
+RADII = {"small": 0.15625, "large": 0.25}  # half the side of the bounding box, as a share of the frame's side
+SPEEDS = {"slowly": 2, "quickly": 1}  # frames a step, times the fewest with which the way suffices
+# The shades above and below a horizon; of low saturation, so that colour always belongs to the shape.
+_LIGHT, _DARK = (236, 236, 228), (24, 24, 30)
+BACKGROUNDS = {"light": (_LIGHT, _LIGHT), "dark": (_DARK, _DARK), "split": (_LIGHT, _DARK)}
 
-# Places a side where a shape may stand: few enough that a small codebook knows every way in which an edge cuts a cell of
-# 8 x 8 pixels (at 64 pixels a side), which is what decides how soon a small transformer can move a shape.
+# Steps a side in which a shape moves along its way, and tracks a side on which it may run: few enough that a small codebook
+# knows every way in which an edge cuts a cell of 8 x 8 pixels (at 64 pixels a side), which is what decides how soon a small
+# transformer can move a shape.
 _GRID = 32
+_TRACKS = 8
 _SUPERSAMPLING = 4  # drawn this much larger, then averaged: smooth edges
 _STREAM = 0x5A9E5  # keeps this module's random streams apart from others with the same seed
 
 
 @dataclass(frozen=True)
 class Attributes:
-    """What a clip shows; each field is a word of its caption, `pattern` apart."""
+    """What a clip shows; each field is a word of its caption."""
 
     colour: str
     shape: str
@@ -54,7 +53,6 @@ class Attributes:
     size: str
     speed: str
     background: str
-    pattern: str
 
     @property
     def held_out(self) -> bool:
@@ -104,7 +102,6 @@ def random_attributes(rng: np.random.Generator, colour: str, shape: str, directi
         size=str(rng.choice(list(RADII))),
         speed=str(rng.choice(list(SPEEDS))),
         background=str(rng.choice(list(BACKGROUNDS))),
-        pattern=str(rng.choice(PATTERNS)),
     )
 
 
@@ -123,24 +120,24 @@ def caption(attributes: Attributes, rng: np.random.Generator | None = None) -> s
 def draw(attributes: Attributes, rng: np.random.Generator, size: int, min_frames: int, max_frames: int) -> np.ndarray:
     """Draw a clip of these attributes: frames [T, size, size, 3] uint8, T drawn uniformly from min_frames to max_frames.
 
-    The shape moves evenly and stays inside the frame.
+    The shape moves evenly, step after step of the grid, and stays inside the frame.
     """
     length = int(rng.integers(min_frames, max_frames + 1))
     radius = RADII[attributes.size]
-    free = 1 - 2 * radius  # where the centre can be, from radius on
+    way = int((1 - 2 * radius) * _GRID)  # steps from touching one edge to touching the other
+    frames_a_step = max(1, -(-(length - 1) // way)) * SPEEDS[attributes.speed]
     along = np.array(DIRECTIONS[attributes.direction], dtype=np.float64)
     axis = int(np.abs(along).argmax())
-    travel = SPEEDS[attributes.speed] * free
-    start = radius + rng.random(2) * free  # across the direction of travel: anywhere inside
-    first = radius + rng.random() * (free - travel)
+    # Across the direction of travel: on any track on which the shape is inside.
+    first_track, last_track = int(np.ceil(radius * _TRACKS)), int((1 - radius) * _TRACKS)
+    start = np.full(2, rng.integers(first_track, last_track + 1) / _TRACKS)
+    first = radius + rng.integers(way - (length - 1) // frames_a_step + 1) / _GRID
     start[axis] = first if along[axis] > 0 else 1 - first
-    step = travel / max(1, length - 1)
     canvas = _background(attributes, rng, size * _SUPERSAMPLING)
     frames = np.empty((length, size, size, 3), dtype=np.uint8)
     for t in range(length):
         image = canvas.copy()
-        centre = np.round((start + along * step * t) * _GRID) / _GRID
-        _draw_shape(image, attributes, centre, radius)
+        _draw_shape(image, attributes, start + along * (t // frames_a_step) / _GRID, radius)
         frames[t] = np.asarray(image.reduce(_SUPERSAMPLING))
     return frames
 
@@ -179,11 +176,8 @@ def _draw_shape(image: Image.Image, attributes: Attributes, centre: np.ndarray, 
 
 
 def _background(attributes: Attributes, rng: np.random.Generator, pixels: int) -> Image.Image:
-    """Plain, or two parts that meet at a horizon; either shade may be on top."""
-    shades = np.array(BACKGROUNDS[attributes.background], dtype=np.float64)
-    if rng.random() < 0.5:
-        shades = shades[::-1]
+    """The shade above a random horizon, and the one below it."""
+    above, below = BACKGROUNDS[attributes.background]
     down = (np.arange(pixels) + 0.5) / pixels  # [S] in 0..1
-    horizon = 1.0 if attributes.pattern == "plain" else int(rng.integers(3, 6)) / 8
-    column = np.where(down[:, None] < horizon, shades[0], shades[1])  # [S, 3]
+    column = np.where(down[:, None] < int(rng.integers(3, 6)) / 8, above, below)  # [S, 3]
     return Image.fromarray(np.repeat(column[:, None], pixels, axis=1).astype(np.uint8))

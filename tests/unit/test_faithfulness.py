@@ -49,7 +49,7 @@ def test_nothing_is_read_where_there_is_nothing() -> None:
     assert read_clip(rng.integers(0, 256, (16, 32, 32, 1), dtype=np.uint8).repeat(3, axis=-1)) == nothing
     assert read_clip(rng.integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)) == nothing
     assert read_clip(np.full((16, 32, 32, 3), COLOURS["red"], np.uint8)) == nothing  # a red wall is no shape
-    attributes = Attributes("red", "circle", "right", "large", "slowly", "dark", "plain")
+    attributes = Attributes("red", "circle", "right", "large", "slowly", "dark")
     clip = draw(attributes, rng, 32, 16, 16)
     assert read_clip(clip) == Reading("red", "circle", "right")
     clip[4:] = 0  # gone for most of the clip
@@ -63,7 +63,7 @@ def test_every_value_can_be_read() -> None:
     for i, colour in enumerate(COLOURS):
         for j, shape in enumerate(SHAPES):
             direction = list(DIRECTIONS)[(i + j) % 4]
-            attributes = Attributes(colour, shape, direction, "small", "quickly", "light", "gradient")
+            attributes = Attributes(colour, shape, direction, "small", "quickly", "light")
             assert read_clip(draw(attributes, rng, 64, 15, 16)) == Reading(colour, shape, direction)
 
 
