@@ -20,6 +20,11 @@ setup(
         "t2v_ds.ds_configs": "ds_configs",
         "t2v_ds.configs": "configs",
     },
-    package_data={"t2v_ds": ["py.typed"], "t2v_ds.ds_configs": ["*.json"], "t2v_ds.configs": ["*.yaml"]},
+    package_data={
+        "t2v_ds": ["py.typed"],
+        "t2v_ds.kernels": ["*.cpp", "*.h"],
+        "t2v_ds.ds_configs": ["*.json"],
+        "t2v_ds.configs": ["*.yaml"],
+    },
     include_package_data=False,
 )

@@ -1,14 +1,16 @@
-"""Nearest codebook rows in plain torch: the definition that faster implementations are tested against.
+"""Nearest codebook rows in plain torch: what faster implementations are tested against, and what runs where none is built.
 
-    latents [N, D] - mean(codebook) -> chunks of rows -> x·c - |c|²/2 [rows, K] -> first maximum -> codes [N]
+    latents [N, D] -> chunks of rows -> x·c - |c|²/2 in fp32 [rows, K] -> codes within twice the error bound of the best
+                   -> one: done; several: distances in float64 -> still too close: integers -> codes [N]
 
-The nearest row c of x minimises |x - c|² = |x|² - 2 (x·c - |c|²/2), so that the largest score wins and |x|² is never
-needed. Subtracting the codebook's mean from both sides leaves distances as they are and removes the common offset, which
-would otherwise cancel catastrophically in fp32. Scores exist for a chunk of rows at a time: N x K of them would not fit.
+The nearest row c of x minimises |x - c|² = |x|² - 2 (x·c - |c|²/2), so that the largest score wins. Both sides are centred on
+the codebook's mean, which leaves distances as they are but would otherwise cancel catastrophically, and scaled by a power of
+two, so that nothing overflows. Scores exist for a chunk of rows at a time: N x K of them would not fit.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,62 +20,100 @@ from torch import Tensor
 # Scores of a chunk: few enough for a CPU core's cache (4 MiB), many enough to fill a GPU.
 _CPU_SCORES = 2**20
 _GPU_SCORES = 2**26
-_GROUP = 64  # codes whose maximum is taken with vector instructions, see `_first_max`
+_PAIRS = 2**22  # numbers of float64 at once, where a latent is compared with several codes
 
 
-def vq_lookup(latents: Tensor, codebook: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
-    """Find the nearest codebook row of each latent, in fp32 whatever autocast says; of equal rows the first is taken.
-
-    Args:
-        latents: floating point [N, D].
-        codebook: floating point [K, D] on the same device.
-        dtype: integer type of the codes.
-
-    Returns:
-        codes [N] of type `dtype`.
-
-    Raises:
-        ValueError: shapes that do not fit, a `dtype` too small for K, or a row that holds NaN or infinity (names the row).
-    """
-    _check(latents, codebook, dtype)
-    with torch.no_grad(), torch.autocast(latents.device.type, enabled=False), _full_fp32():
-        rows = codebook.detach().float()
-        mean = rows.mean(0)  # [D]
-        centred, bias = _panels(rows - mean)
+def lookup(latents: Tensor, codebook: Tensor) -> Tensor:
+    """Nearest rows of `codebook` fp32 [K, D] for latents fp32 [N, D]: int64 [N]; -1 where a latent holds NaN or infinity."""
+    with torch.autocast(latents.device.type, enabled=False), _full_fp32():
+        distinct, first = _distinct_rows(codebook)
+        mean = distinct.double().mean(0).float()  # [D]
+        centred = distinct - mean
+        scale = _power_of_two(centred)
+        centred = centred * scale
+        bias = centred.double().square().sum(1).mul_(-0.5).float()  # [K]
         codes = torch.empty(len(latents), dtype=torch.int64, device=latents.device)
-        best = torch.empty(len(latents), dtype=torch.float32, device=latents.device)
-        budget = _CPU_SCORES if latents.device.type == "cpu" else _GPU_SCORES
-        chunk = max(64, budget // len(bias))
+        chunk = max(64, (_CPU_SCORES if latents.device.type == "cpu" else _GPU_SCORES) // len(bias))
         for start in range(0, len(latents), chunk):
             part = slice(start, start + chunk)
-            x = latents[part].detach().float() - mean  # [chunk, D]
-            best[part], codes[part] = _first_max(torch.addmm(bias, x, centred.T))
-        if not bool(torch.isfinite(best).all()):  # NaN and infinity always reach the best score
-            raise ValueError(_explain(latents, codebook, best))
-        return _first_of_equal_rows(rows)[codes].to(dtype)
+            x = (latents[part] - mean) * scale  # [chunk, D]
+            scores = torch.addmm(bias, x, centred.T)
+            codes[part] = _decide(latents[part], distinct, scores, _error_bound(x, centred))
+        return torch.where(codes < 0, codes, first[codes])
 
 
-def vq_assign(latents: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Look up the nearest codebook rows and collect the statistics that move a codebook by moving averages.
+def statistics(latents: Tensor, codebook: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(codebook rows of codes [N, D], latents a code [K], sums of them [K, D]), all fp32, of codes >= 0.
 
     On CUDA the sums are added in no fixed order, so that their last bits differ from run to run.
-
-    Args:
-        latents: floating point [N, D].
-        codebook: floating point [K, D] on the same device.
-
-    Returns:
-        codes int64 [N]; quantized fp32 [N, D], the codebook rows; counts fp32 [K], latents a code; sums fp32 [K, D] of them.
-
-    Raises:
-        ValueError: as `vq_lookup`.
     """
-    codes = vq_lookup(latents, codebook)
-    with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
-        rows = codebook.detach().float()
-        counts = torch.bincount(codes, minlength=len(rows)).float()
-        sums = torch.zeros_like(rows).index_add_(0, codes, latents.detach().float())
-        return codes, rows[codes], counts, sums
+    counts = torch.bincount(codes, minlength=len(codebook)).float()
+    sums = torch.zeros_like(codebook).index_add_(0, codes, latents)
+    return codebook[codes], counts, sums
+
+
+def _error_bound(x: Tensor, centred: Tensor) -> Tensor:
+    """How far scores of centred, scaled latents [N, D] and codes [K, D] may be from the exact ones: float64 [N].
+
+    Centring rounds each number by 2^-24 of itself, on both sides; a product or sum rounds by at most 2^-23 of the sum of the
+    magnitudes (Higham 2002, 3.1: (D + 1) u, in any order; doubled). What underflows is below 1e-32.
+    """
+    code_norm = centred.double().norm(dim=1).max()
+    norm = x.double().norm(dim=1)
+    terms = norm * code_norm + 0.5 * code_norm**2
+    return (terms * ((x.shape[1] + 6) * 2.0**-22) + 1e-32 * (1 + norm)) * (1 + 1e-6)
+
+
+def _decide(latents: Tensor, codebook: Tensor, scores: Tensor, error: Tensor) -> Tensor:
+    """Codes of a chunk from its scores [n, K] and their error bounds [n]."""
+    best, codes = scores.max(1)
+    sound = torch.isfinite(error) & torch.isfinite(best)  # else overflow: every code is a candidate
+    near = scores.double() >= (best.double() - 2 * error).where(sound, -torch.inf)[:, None]
+    near |= ~sound[:, None]
+    finite = torch.isfinite(latents).all(1)
+    several = (near.sum(1) > 1) & finite
+    for row in several.nonzero().flatten().split(max(1, _PAIRS // codebook.numel())):
+        codes[row] = _nearest_exactly(latents[row], codebook, near[row])
+    return codes.where(finite, -1)
+
+
+def _nearest_exactly(latents: Tensor, codebook: Tensor, near: Tensor) -> Tensor:
+    """Nearest of the codes that `near` [n, K] leaves to each of latents [n, D]; the first of those equally near."""
+    distances = (latents.double()[:, None] - codebook.double()).square().sum(2)  # [n, K], within a relative (D + 4) 2^-53
+    distances = distances.masked_fill(~near, torch.inf)
+    smallest, codes = distances.min(1)
+    close = distances <= (smallest * (1 + 4 * (latents.shape[1] + 4) * 2.0**-52))[:, None]
+    for row in (close.sum(1) > 1).nonzero().flatten().tolist():
+        candidates = close[row].nonzero().flatten().tolist()
+        x = _integers(latents[row])
+        exact = [sum((a - b) ** 2 for a, b in zip(x, _integers(codebook[code]), strict=True)) for code in candidates]
+        codes[row] = candidates[exact.index(min(exact))]
+    return codes
+
+
+def _integers(row: Tensor) -> list[int]:
+    """Numbers of fp32 as multiples of 2^-149, the smallest there is: a double holds each without rounding."""
+    return [int(math.ldexp(value, 149)) for value in row.tolist()]
+
+
+def _power_of_two(centred: Tensor) -> float:
+    """What brings the largest number of [K, D] into [1, 2), as far as fp32 has such a factor."""
+    largest = float(centred.abs().max())
+    if not 0 < largest < math.inf:
+        return 1.0
+    return 2.0 ** max(-126, min(126, 1 - math.frexp(largest)[1]))
+
+
+def _distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of [K, D] without repetitions, in order of their first appearance, and each one's lowest index [K']: int64.
+
+    Copies would otherwise have to be told apart for every latent that lies near them.
+    """
+    _, group = torch.unique(rows, dim=0, return_inverse=True)  # [K]
+    own = torch.arange(len(rows), device=rows.device)
+    first = torch.full_like(own, len(rows)).scatter_reduce_(0, group, own, reduce="amin")[group]
+    lowest = (first == own).nonzero().flatten()
+    return rows[lowest], lowest
 
 
 @contextmanager
@@ -88,57 +128,3 @@ def _full_fp32() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def _panels(centred: Tensor) -> tuple[Tensor, Tensor]:
-    """Centred rows [K, D] -> the same padded to whole groups, and the bias -|c|²/2 of each (of padding: -infinity)."""
-    padding = -len(centred) % _GROUP
-    bias = centred.double().square().sum(1).mul_(-0.5).float()
-    padded = torch.nn.functional.pad(centred, (0, 0, 0, padding))
-    return padded, torch.nn.functional.pad(bias, (0, padding), value=-torch.inf)
-
-
-def _first_max(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Maximum of each row of [R, K] and the first index where it stands; K is a multiple of `_GROUP`.
-
-    torch's argmax is scalar code on a CPU and takes as long as the matrix product before it. Its amax is vectorised: the
-    maxima of groups come first, and only they and the winning group are searched for an index (3 to 7 times faster).
-    """
-    groups = scores.view(len(scores), -1, _GROUP)
-    best, group = groups.amax(2).max(1)
-    winners = groups[torch.arange(len(scores), device=scores.device), group]  # [R, _GROUP]
-    return best, group * _GROUP + winners.argmax(1)
-
-
-def _first_of_equal_rows(rows: Tensor) -> Tensor:
-    """Map each row of [K, D] to the lowest index that holds the same row: int64 [K].
-
-    A matrix product sums full and left-over panels of columns in different orders: equal rows can then differ in the
-    last bit of their score, and the maximum would not be the first of them.
-    """
-    size = len(rows)
-    own = torch.arange(size, device=rows.device)
-    keys = rows.double().mul(torch.linspace(1.0, 2.0, rows.shape[1], dtype=torch.float64, device=rows.device)).sum(1)  # [K]
-    _, group = torch.unique(keys, return_inverse=True)
-    first = torch.full_like(own, size).scatter_reduce_(0, group, own, reduce="amin")[group]
-    return torch.where((rows[first] == rows).all(1), first, own)  # different rows may share a key
-
-
-def _check(latents: Tensor, codebook: Tensor, dtype: torch.dtype) -> None:
-    if latents.ndim != 2 or codebook.ndim != 2 or latents.shape[1] != codebook.shape[1]:
-        raise ValueError(f"latents are {list(latents.shape)} and the codebook is {list(codebook.shape)}; expected [N, D] and [K, D]")
-    if not latents.is_floating_point() or not codebook.is_floating_point():
-        raise ValueError(f"latents are {latents.dtype} and the codebook is {codebook.dtype}; expected floating point")
-    if len(codebook) == 0:
-        raise ValueError("the codebook has no rows")
-    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool or torch.iinfo(dtype).max < len(codebook) - 1:
-        raise ValueError(f"codes of type {dtype} cannot name {len(codebook)} codebook rows; use an integer type that can: torch.int64")
-
-
-def _explain(latents: Tensor, codebook: Tensor, best: Tensor) -> str:
-    bad = (~torch.isfinite(codebook).all(1)).nonzero().flatten()
-    if len(bad):
-        return f"codebook row {int(bad[0])} holds NaN or infinity"
-    row = int((~torch.isfinite(best)).nonzero()[0])
-    finite = bool(torch.isfinite(latents[row]).all())
-    return f"latents row {row} holds {'numbers too large for fp32 distances' if finite else 'NaN or infinity'}"

@@ -1,57 +1,151 @@
-"""The nearest code is the nearest code: against float64, in chunks, under autocast, with ties and with bad rows."""
+"""The nearest code is the nearest code, in exact arithmetic: on every path, on data made to be hard, with ties and with bad rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from t2v_ds.kernels import reference, vq_assign, vq_lookup
+from t2v_ds.kernels import native, reference, vq_assign, vq_lookup
+
+PATHS = ("reference", "portable", "avx2", "avx512", "bf16")  # a processor without one takes the best that it has
+SHAPES = ((1, 2, 1), (37, 1, 5), (300, 130, 8), (257, 1024, 64), (130, 1000, 256), (64, 70, 33))
+Data = tuple[Tensor, Tensor]
 
 
-def exact(latents: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    return torch.cdist(latents.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each way of computing, one after another."""
+    assert native.available()
+    if request.param == "reference":
+        monkeypatch.setattr(native, "available", lambda: False)
+        monkeypatch.setattr(reference, "_CPU_SCORES", 2**15)  # several chunks
+    else:
+        monkeypatch.setenv("T2V_VQ_CPU", request.param)
+    return str(request.param)
 
 
-def data(n: int, k: int, d: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+def gaussian(n: int, k: int, d: int, seed: int) -> Data:
+    generator = torch.Generator().manual_seed(1000 * seed + k)
     return torch.randn(n, d, generator=generator), torch.randn(k, d, generator=generator)
 
 
-@pytest.mark.parametrize(("n", "k", "d"), [(1, 2, 1), (700, 5, 3), (3000, 129, 8), (500, 1024, 64), (0, 16, 4)])
-def test_finds_the_nearest_row_in_chunks(n: int, k: int, d: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "_CPU_SCORES", 64)  # chunks of 64 rows
-    latents, codebook = data(n, k, d)
-    codes = vq_lookup(latents, codebook)
-    assert codes.dtype == torch.int64
-    nearest = exact(latents, codebook)
-    differ = codes != nearest
-    # fp32 may only choose otherwise where float64 sees practically the same distance.
-    gap = (latents - codebook[codes]).double().norm(dim=1) - (latents - codebook[nearest]).double().norm(dim=1)
-    assert int(differ.sum()) <= n // 500
-    assert bool((gap[differ] < 1e-5).all())
+def clusters(n: int, k: int, d: int, seed: int) -> Data:
+    noise, codebook = gaussian(n, k, d, seed)
+    return codebook[torch.arange(n) * 7 % k] + 0.1 * noise, codebook
 
 
-def test_an_offset_common_to_all_does_not_cancel() -> None:
-    latents, codebook = data(2000, 256, 16)
-    step = 2.0**-12  # so that adding 1000 is exact in fp32 and cannot change the answer
-    latents, codebook = (latents / step).round() * step, (codebook / step).round() * step
-    assert torch.equal(latents + 1000 - 1000, latents)
-    agree = vq_lookup(latents + 1000, codebook + 1000) == exact(latents, codebook)
-    assert float(agree.float().mean()) > 0.999
+def offset(by: float) -> Callable[[int, int, int, int], Data]:
+    return lambda *shape: (gaussian(*shape)[0] + by, gaussian(*shape)[1] + by)
 
 
-@pytest.mark.parametrize("k", [7, 64, 130, 1021])
-def test_equal_rows_go_to_the_lowest_index(k: int) -> None:
-    latents, base = data(400, max(1, k // 6), 5)
-    group = torch.randint(0, len(base), (k,), generator=torch.Generator().manual_seed(1))
-    first = torch.tensor([int((group == g).nonzero()[0]) for g in group])
-    codes = vq_lookup(latents, base[group])
-    assert torch.equal(first[codes], codes)
-    assert len(codes.unique()) > 1 or len(base) == 1
-    assert torch.equal(reference._first_of_equal_rows(base[group]), first)
-    assert int(vq_lookup(torch.zeros(1, 2), torch.tensor([[1.0, 0], [0, 1.0], [-1.0, 0], [0, -1.0]]))) == 0  # equal distances
+def fresh(n: int, k: int, d: int, seed: int) -> Data:
+    latents, codebook = gaussian(n, k, d, seed)
+    return latents, torch.erf(codebook) / k  # between -1/K and 1/K
 
 
-def test_fp32_whatever_the_surroundings_say() -> None:
-    latents, codebook = data(2000, 512, 32)
+def duplicated(n: int, k: int, d: int, seed: int) -> Data:
+    latents, codebook = gaussian(n, k, d, seed)
+    return latents, codebook[torch.arange(k) * 5 % max(1, k // 3)]
+
+
+def equal_to_codes(n: int, k: int, d: int, seed: int) -> Data:
+    _, codebook = gaussian(n, k, d, seed)
+    return codebook[torch.arange(n) % k].clone(), codebook
+
+
+def midpoints(n: int, k: int, d: int, seed: int) -> Data:
+    _, codebook = gaussian(n, k, d, seed)
+    codebook = (codebook * 64).round() / 64  # so that midpoints are exact
+    return (codebook[torch.arange(n) % k] + codebook[torch.arange(n) * 3 % k]) / 2, codebook
+
+
+def scaled(by: float) -> Callable[[int, int, int, int], Data]:
+    return lambda *shape: (gaussian(*shape)[0] * by, gaussian(*shape)[1] * by)
+
+
+def one_code(n: int, k: int, d: int, seed: int) -> Data:
+    latents, codebook = gaussian(n, k, d, seed)
+    return latents, codebook[:1].repeat(k, 1)
+
+
+def bf16(n: int, k: int, d: int, seed: int) -> Data:
+    latents, codebook = gaussian(n, k, d, seed)
+    return latents.bfloat16(), codebook.bfloat16()
+
+
+def near_ties(n: int, k: int, d: int, seed: int) -> Data:
+    """Codes that differ in their last bits: not even float64 tells their distances apart."""
+    k = min(k, 20)  # rational numbers are slow
+    latents, codebook = gaussian(min(n, 40), k, d, seed)
+    ulps = torch.randint(-2, 3, (k, d), generator=torch.Generator().manual_seed(seed))
+    base = codebook[:1].expand(k, d).contiguous()
+    return latents * 2.0**20, (base.view(torch.int32) + ulps).int().view(torch.float32)
+
+
+KINDS: dict[str, Callable[[int, int, int, int], Data]] = {
+    "gaussian": gaussian, "clusters": clusters, "mean +100": offset(100.0), "mean +1e4": offset(1e4), "fresh": fresh,
+    "duplicated": duplicated, "equal to codes": equal_to_codes, "midpoints": midpoints, "denormal": scaled(1e-41),
+    "1e30": scaled(1e30), "largest": scaled(5e37), "one code": one_code, "bf16": bf16, "near ties": near_ties,
+}  # fmt: skip
+
+
+def exact(latents: Tensor, codebook: Tensor) -> Tensor:
+    """The definition: float64 for all, rational numbers for what float64 leaves open."""
+    x, rows = latents.float().double(), codebook.float().double()
+    codes = []
+    for one in x:
+        distances = (one - rows).square().sum(1)
+        near = (distances <= distances.min() * (1 + 1e-9)).nonzero().flatten().tolist()
+        best = near[0]
+        if len(near) > 1:
+            wanted = [Fraction(value) for value in one.tolist()]
+            exactly = [sum((a - Fraction(b)) ** 2 for a, b in zip(wanted, rows[code].tolist(), strict=True)) for code in near]
+            best = near[exactly.index(min(exactly))]
+        codes.append(best)
+    return torch.tensor(codes, dtype=torch.int64)
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict[tuple[str, tuple[int, int, int], int], Tensor]:
+    """The exact codes, worked out once for all paths."""
+    return {}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_code_is_wrong(kind: str, path: str, answers: dict[tuple[str, tuple[int, int, int], int], Tensor]) -> None:
+    for shape in SHAPES:
+        for seed in range(3):
+            latents, codebook = KINDS[kind](*shape, seed)
+            key = (kind, shape, seed)
+            if key not in answers:
+                distinct, inverse = torch.unique(codebook, dim=0, return_inverse=True)  # rational numbers are slow: no copies
+                first = torch.tensor([int((inverse == i).nonzero()[0]) for i in range(len(distinct))])
+                order = first.argsort()
+                answers[key] = first[order][exact(latents, distinct[order])]
+            assert torch.equal(vq_lookup(latents, codebook), answers[key]), (kind, shape, seed)
+
+
+def test_no_latents_no_codes(path: str) -> None:
+    latents, codebook = gaussian(0, 16, 4, 0)
+    assert vq_lookup(latents, codebook).shape == (0,)
+    codes, quantized, counts, sums = vq_assign(latents, codebook)
+    assert (codes.shape, quantized.shape, float(counts.sum()), float(sums.abs().sum())) == ((0,), (0, 4), 0.0, 0.0)
+
+
+def test_any_memory_layout(path: str) -> None:
+    latents, codebook = gaussian(100, 40, 48, 0)
+    expected = vq_lookup(latents, codebook)
+    assert torch.equal(vq_lookup(latents.T.contiguous().T, codebook.repeat(1, 2)[:, :48]), expected)
+    assert torch.equal(vq_lookup(latents.repeat_interleave(2, 0)[::2], codebook), expected)
+
+
+def test_fp32_whatever_the_surroundings_say(path: str) -> None:
+    latents, codebook = gaussian(500, 512, 32, 0)
     codes = vq_lookup(latents, codebook)
     before = torch.get_float32_matmul_precision()
     try:
@@ -65,8 +159,9 @@ def test_fp32_whatever_the_surroundings_say() -> None:
     assert quantized.dtype == counts.dtype == sums.dtype == torch.float32
 
 
-def test_assign_collects_exact_statistics() -> None:
-    latents, codebook = data(600, 40, 6)
+def test_assign_collects_exact_statistics(path: str) -> None:
+    latents, codebook = gaussian(600, 40, 6, 0)
+    latents = (latents * 64).round() / 64  # sums of these have no rounding
     latents.requires_grad_()
     codes, quantized, counts, sums = vq_assign(latents, codebook)
     assert torch.equal(codes, vq_lookup(latents, codebook))
@@ -76,25 +171,39 @@ def test_assign_collects_exact_statistics() -> None:
     for code in range(40):
         mine = latents.detach()[codes == code]
         assert int(counts[code]) == len(mine)
-        torch.testing.assert_close(sums[code], mine.sum(0))
+        assert torch.equal(sums[code], mine.sum(0))
+
+
+def test_threads_change_nothing() -> None:
+    latents, codebook = gaussian(5000, 64, 16, 0)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(vq_assign(latents, codebook))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_bad_row_is_named(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "_CPU_SCORES", 64)
-    latents, codebook = data(300, 100, 8)
+def test_a_bad_row_is_named_or_marked(value: float, path: str) -> None:
+    latents, codebook = gaussian(300, 100, 8, 0)
+    expected = vq_lookup(latents, codebook)
     latents[217, 3] = value
+    expected[217] = -1
+    assert torch.equal(vq_lookup(latents, codebook, mark_bad=True), expected)
     with pytest.raises(ValueError, match="latents row 217 holds NaN or infinity"):
         vq_assign(latents, codebook)
     codebook[5, 1] = value
     with pytest.raises(ValueError, match="codebook row 5 holds NaN or infinity"):
         vq_lookup(latents, codebook)
-    with pytest.raises(ValueError, match="row 1 holds numbers too large"):
-        vq_lookup(torch.tensor([[1.0], [3e38]]), torch.tensor([[-1e9], [1e9]]))
 
 
 def test_types_and_shapes_are_checked() -> None:
-    latents, codebook = data(10, 300, 4)
+    latents, codebook = gaussian(10, 300, 4, 0)
     assert vq_lookup(latents.bfloat16(), codebook, torch.int16).dtype == torch.int16
     with pytest.raises(ValueError, match="uint8 cannot name 300"):
         vq_lookup(latents, codebook, torch.uint8)
@@ -102,5 +211,22 @@ def test_types_and_shapes_are_checked() -> None:
         vq_lookup(latents, codebook[:, :3])
     with pytest.raises(ValueError, match="floating point"):
         vq_lookup(latents.long(), codebook)
-    with pytest.raises(ValueError, match="no rows"):
+    with pytest.raises(ValueError, match="at least one row"):
         vq_lookup(latents, codebook[:0])
+    with pytest.raises(ValueError, match="one device"):
+        vq_lookup(latents, codebook.to("meta"))
+
+
+def test_without_a_compiler_or_with_a_broken_one_there_is_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert "no C++ compiler" in native._load()
+    broken = tmp_path / "g++"
+    broken.write_text("#!/bin/sh\necho 'vq_cpu.cpp:1: error: no such thing' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert "failed: vq_cpu.cpp:1: error: no such thing" in native._load()
+    assert [one.name for one in tmp_path.rglob("*") if one.is_file()] == ["g++"]  # nothing half-made is left
+    monkeypatch.setenv("T2V_VQ", "reference")
+    assert native._load() == "T2V_VQ=reference"

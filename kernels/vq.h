@@ -1,0 +1,106 @@
+// Exact comparison of distances between fp32 rows, shared by the implementations of vq_lookup.
+//
+// An implementation filters with fast, bounded arithmetic; whatever the bound cannot decide comes here:
+//   candidates -> distances in double, each within a relative (D + 4) 2^-52 -> those that still tie -> integers, no rounding at all.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace t2v {
+
+// The sum of products of fp32 numbers as an integer multiple of 2^-352. A product is a double without rounding (48 bits, between 2^-298
+// and 2^256); its last bit as a double lies at 2^-350 or above. 20 digits of 32 bits reach 2^288: room for 2^31 products. A digit is kept in
+// 64 bits and carries are only moved at the end.
+class ExactSum {
+ public:
+  void add(double product, bool subtract) {
+    if (product == 0) return;
+    uint64_t bits;
+    std::memcpy(&bits, &product, sizeof bits);
+    const int exponent = static_cast<int>((bits >> 52) & 0x7FF);  // never 0: a product is far above the subnormal doubles
+    const uint64_t mantissa = (bits & ((uint64_t{1} << 52) - 1)) | (uint64_t{1} << 52);
+    const int position = exponent - 1075 + 352;  // of the mantissa's last bit
+    const int digit = position >> 5, shift = position & 31;
+    const unsigned __int128 wide = static_cast<unsigned __int128>(mantissa) << shift;  // 84 bits: three digits
+    const int64_t sign = ((bits >> 63) != 0) != subtract ? -1 : 1;
+    for (int i = 0; i < 3; ++i) digits_[digit + i] += sign * static_cast<int64_t>(static_cast<uint32_t>(wide >> (32 * i)));
+  }
+
+  int sign() const {
+    int64_t carry = 0;
+    bool any = false;
+    for (int i = 0; i < kDigits; ++i) {
+      const int64_t value = digits_[i] + carry;
+      any |= (value & 0xFFFFFFFF) != 0;
+      carry = value >> 32;  // rounds down, so the digit that stays is not negative
+    }
+    return carry < 0 ? -1 : (any || carry > 0 ? 1 : 0);
+  }
+
+ private:
+  static constexpr int kDigits = 22;
+  int64_t digits_[kDigits] = {};
+};
+
+// Sign of |x - a|^2 - |x - b|^2 in exact arithmetic: of the sum of a^2 - b^2 - 2xa + 2xb.
+inline int compare_distances(const float* x, const float* a, const float* b, int64_t dim) {
+  ExactSum sum;
+  for (int64_t d = 0; d < dim; ++d) {
+    if (a[d] == b[d]) continue;
+    const double xd = x[d], ad = a[d], bd = b[d];
+    sum.add(ad * ad, false);
+    sum.add(bd * bd, true);
+    sum.add(2 * (xd * ad), true);
+    sum.add(2 * (xd * bd), false);
+  }
+  return sum.sign();
+}
+
+// |x - c|^2 in double. All terms are positive and each step rounds by at most 2^-53, so the result is within a relative (D + 4) 2^-53.
+inline double squared_distance(const float* x, const float* c, int64_t dim) {
+  double lanes[8] = {};
+  int64_t d = 0;
+  for (; d + 8 <= dim; d += 8)
+    for (int i = 0; i < 8; ++i) {
+      const double difference = static_cast<double>(x[d + i]) - static_cast<double>(c[d + i]);
+      lanes[i] += difference * difference;
+    }
+  double sum = 0;
+  for (; d < dim; ++d) sum += (static_cast<double>(x[d]) - c[d]) * (static_cast<double>(x[d]) - c[d]);
+  for (double lane : lanes) sum += lane;
+  return sum;
+}
+
+// The nearest of the codes offered, of equally near ones the lowest; codes may come in any order.
+class Nearest {
+ public:
+  Nearest(const float* x, const float* codebook, int64_t dim)
+      : x_(x), codebook_(codebook), dim_(dim), slack_(1 + 2.5 * static_cast<double>(dim + 4) * 0x1p-52) {}
+
+  void offer(int64_t code) {
+    const double distance = squared_distance(x_, codebook_ + code * dim_, dim_);
+    if (code_ >= 0) {
+      if (distance > distance_ * slack_) return;
+      if (distance * slack_ >= distance_) {  // too close to tell in double
+        const int order = compare_distances(x_, codebook_ + code * dim_, codebook_ + code_ * dim_, dim_);
+        if (order > 0 || (order == 0 && code > code_)) return;
+      }
+    }
+    code_ = code;
+    distance_ = distance;
+  }
+
+  int64_t code() const { return code_; }
+
+ private:
+  const float* x_;
+  const float* codebook_;
+  int64_t dim_;
+  double slack_;
+  int64_t code_ = -1;
+  double distance_ = 0;
+};
+
+}  // namespace t2v
