@@ -51,6 +51,7 @@ class PrepareConfig:
     download: DownloadConfig = field(default_factory=DownloadConfig)
 
     def __post_init__(self) -> None:
+        require(bool(self.source), "source", self.source, "a folder of GIFs, a TSV of `url TAB caption`, or moving-shapes")
         require(self.seed >= 0, "seed", self.seed, ">= 0")
         require(8 <= self.image_size <= 1024, "image_size", self.image_size, "8 to 1024 pixels")
         require(self.min_frames >= 1, "min_frames", self.min_frames, ">= 1")
@@ -156,8 +157,8 @@ class LossConfig:
 class TrainConfig:
     """One optimisation, whatever the model."""
 
-    steps: int = 1000  # optimizer steps; ignored when epochs > 0
-    epochs: float = 0.0  # passes over the data; 0: count by steps
+    steps: int = 0  # optimizer steps; 0: as many as `epochs` takes
+    epochs: float = 1.0  # passes over the data
     batch: int = 8  # clips an optimizer step, over all ranks
     micro_batch: int = 0  # clips a forward pass on one rank; 0: batch / ranks, with no accumulation
     learning_rate: float = 3e-4
@@ -177,8 +178,8 @@ class TrainConfig:
     watchdog_s: float = 1800.0  # a step that takes longer ends the run with the name of the rank; 0: off
 
     def __post_init__(self) -> None:
-        require(self.steps >= 1, "train.steps", self.steps, ">= 1")
-        require(self.epochs >= 0, "train.epochs", self.epochs, ">= 0")
+        require(self.steps >= 0, "train.steps", self.steps, ">= 0")
+        require(self.epochs > 0, "train.epochs", self.epochs, "> 0")
         require(self.batch >= 1, "train.batch", self.batch, ">= 1")
         require(self.micro_batch >= 0, "train.micro_batch", self.micro_batch, ">= 0")
         require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "> 0")
@@ -244,10 +245,9 @@ class TransformerConfig:
     group: int = 1  # each position carries group x group codes
     neighbourhood: int = 3  # positions are fed the codes this far around: in the frame before, and in the rows above; 0: off
     activation_checkpointing: bool = False
-    # Filled in from the token shards:
-    grid_size: int = 32
-    codebook_size: int = 1024
-    text_width: int = 0
+    grid_size: int = 32  # taken from the token shards, whatever is given
+    codebook_size: int = 1024  # taken from the token shards, whatever is given
+    text_width: int = 0  # taken from the text encoder, whatever is given
 
     def __post_init__(self) -> None:
         require(self.width >= 1 and self.heads >= 1, "model.width", self.width, ">= 1")

@@ -33,7 +33,7 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: Iterabl
         ConfigError: unreadable file, unknown key (names the nearest valid ones), wrong type, or value out of range.
     """
     data: dict[str, Any] = {}
-    origin = "defaults"
+    origin, overrides = "defaults", list(overrides)
     if path is not None:
         origin = str(path)
         data = _read_yaml(Path(path))
@@ -46,6 +46,8 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: Iterabl
         except yaml.YAMLError:
             value = text
         _set_nested(data, key.split("."), value, override)
+    if overrides:
+        origin = f"{origin} or the command line" if path is not None else "the command line"
     return from_dict(cls, data, origin)
 
 

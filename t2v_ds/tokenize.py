@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +19,12 @@ from t2v_ds.config import TokenizeConfig
 from t2v_ds.data.manifest import MANIFEST, Manifest, ShardInfo
 from t2v_ds.data.shards import ShardDataset, index_path, load_shard_info, token_members, write_shard
 from t2v_ds.errors import ConfigError, DataError
+from t2v_ds.files import write_atomically
 from t2v_ds.models.facade import TOKENIZER_FOLDER, Tokenizer, load_tokenizer, require_same_tokenizer
 
 logger = logging.getLogger(__name__)
+
+CLAIM = ".tokenize.json"  # of what an unfinished folder is made
 
 
 def tokenize(config: TokenizeConfig) -> Manifest:
@@ -57,6 +61,7 @@ def tokenize(config: TokenizeConfig) -> Manifest:
             tokenizer_id=tokenizer.tokenizer_id, source=_source(dataset), settings={"precision": config.precision},
         )  # fmt: skip
         manifest.save(out)
+        (out / CLAIM).unlink(missing_ok=True)
         return manifest
 
 
@@ -66,15 +71,27 @@ def _source(dataset: ShardDataset) -> dict[str, object]:
 
 def _claim(out: Path, tokenizer: Tokenizer, dataset: ShardDataset, config: TokenizeConfig) -> None:
     """Keep the tokenizer with its codes; refuse a folder that holds other codes."""
+    manifest = Manifest.load(out, "tokens") if (out / MANIFEST).is_file() else None
     inner = out / TOKENIZER_FOLDER
     if (inner / "config.json").is_file():
         require_same_tokenizer(load_tokenizer(inner).tokenizer_id, f"what {out} holds", tokenizer.tokenizer_id, config.tokenizer)
     else:
         tokenizer.export_beside(out)
-    if (out / MANIFEST).is_file():
-        made_of = Manifest.load(out, "tokens").source.get("raw_digest")
-        if made_of != dataset.digest:
-            raise DataError(f"{out} holds the codes of other data than {config.data}: choose another --out, or remove it")
+    asked = {"raw_digest": dataset.digest, "precision": config.precision}
+    claim = out / CLAIM
+    if manifest is not None:
+        found = {"raw_digest": manifest.source.get("raw_digest"), "precision": manifest.settings.get("precision")}
+    elif claim.is_file():
+        found = json.loads(claim.read_bytes())
+    elif any(out.glob("tokens-*.tar")):
+        raise DataError(f"{out} holds shards but neither {MANIFEST} nor {CLAIM}: choose another --out, or remove it")
+    else:
+        write_atomically(claim, json.dumps(asked).encode())
+        return
+    if found.get("raw_digest") != asked["raw_digest"]:
+        raise DataError(f"{out} holds the codes of other data than {config.data}: choose another --out, or remove it")
+    if found != asked:
+        raise DataError(f"{out} was made with precision={found.get('precision')}: choose another --out than for {config.precision}")
 
 
 def _encode_shards(dataset: ShardDataset, tokenizer: Tokenizer, out: Path) -> list[ShardInfo]:

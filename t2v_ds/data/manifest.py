@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from t2v_ds.files import write_atomically
 
 MANIFEST = "manifest.json"
 FORMATS = {"raw": "t2v_ds.raw/1", "tokens": "t2v_ds.tokens/1"}
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar")
 STAGES = {"raw": "t2v prepare", "tokens": "t2v tokenize"}  # what makes each kind
 
 
@@ -109,8 +111,12 @@ class Manifest:
         if kind is not None and found != kind:
             raise DataError(f"{folder} holds {found} shards, made by {STAGES[found]}; expected {kind} shards, made by {stage}")
         try:
-            return cls(**{**data, "shards": [ShardInfo(**shard) for shard in data["shards"]]})
-        except (TypeError, KeyError) as error:
+            shards = [ShardInfo(**shard) for shard in data["shards"]]
+            for shard in shards:
+                if not _SHARD_NAME.fullmatch(shard.name):  # a path would lead out of the folder
+                    raise ValueError(f"shard name {shard.name!r}")
+            return cls(**{**data, "shards": shards})
+        except (TypeError, KeyError, ValueError) as error:
             raise DataError(f"{path} is damaged ({error}): restore it, or make the folder again with {stage}") from error
 
 

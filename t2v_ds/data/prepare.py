@@ -109,6 +109,9 @@ def _finished(out: Path, identity: dict[str, Any]) -> Manifest | None:
         _check_identity(out, json.loads(settings.read_bytes()), identity)
     elif any(out.glob("raw-*.tar")):
         raise DataError(f"{out} holds shards but no {MANIFEST}: it is not a folder that prepare can continue; choose another or empty it")
+    elif strangers := sorted(path.name for path in out.iterdir() if path.name not in (".work", REJECTED)):
+        # What is left over at the end is deleted: it must be ours.
+        raise DataError(f"{out} holds other files ('{strangers[0]}'): choose a new or empty folder for the shards")
     else:
         (out / ".work").mkdir(exist_ok=True)
         write_atomically(settings, json.dumps(identity, indent=1).encode())
@@ -152,7 +155,9 @@ def _run(source: Source, config: PrepareConfig, rows: int, identity: dict[str, A
 
 
 def _remove_scratch(out: Path) -> None:
-    for name in (".work", "downloads"):
+    if not (out / ".work" / "settings.json").is_file():  # written first: without it nothing there is ours
+        return
+    for name in ("downloads", ".work"):  # the one that says so goes last
         if (out / name).exists():
             shutil.rmtree(out / name)
 

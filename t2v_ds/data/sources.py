@@ -165,6 +165,8 @@ class FolderSource(_Rows):
         try:
             if path.stat().st_size > _LARGEST_FILE:
                 raise RejectedClip("too_large", f"{path.stat().st_size} bytes; at most {_LARGEST_FILE}")
+            if not path.is_file():  # reading a pipe would wait for ever
+                raise RejectedClip("missing_file", "not a regular file")
             data = path.read_bytes()
         except OSError as error:
             raise RejectedClip("missing_file", error.strerror or str(error)) from error

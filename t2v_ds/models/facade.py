@@ -21,7 +21,7 @@ from tqdm import tqdm
 from t2v_ds.config import SamplingConfig, TextConfig, TransformerConfig, VQVAEConfig
 from t2v_ds.config_loader import from_dict, to_dict
 from t2v_ds.errors import CheckpointError, ConfigError
-from t2v_ds.models.exported import content_id, export_model, load_exported, load_state
+from t2v_ds.models.exported import CONFIG_FILE, WEIGHTS_FILE, content_id, export_model, load_exported, load_state
 from t2v_ds.models.sampling import sample_codes
 from t2v_ds.models.text import build_text_encoder
 from t2v_ds.models.transformer import VideoTransformer
@@ -83,8 +83,16 @@ class Tokenizer:
         self.precision = precision
 
     def export_beside(self, folder: Path) -> None:
-        """Write a copy into `folder`/tokenizer, in the place of what stands there or of what a killed run left of it."""
+        """Write a copy into `folder`/tokenizer, in the place of what stands there or of what a killed run left of it.
+
+        Raises:
+            CheckpointError: something else stands there, such as the run that trained a tokenizer.
+        """
         inner = folder / TOKENIZER_FOLDER
+        ours = {name for file in (CONFIG_FILE, WEIGHTS_FILE) for name in (file, f".{file}.tmp")}
+        others = sorted(path.name for path in inner.iterdir() if path.name not in ours) if inner.is_dir() else []
+        if others:
+            raise CheckpointError(f"{inner} would be replaced, but holds '{others[0]}': choose another output folder than {folder}")
         shutil.rmtree(inner, ignore_errors=True)
         export_tokenizer(inner, self.model.config, self.model.state_dict())
 

@@ -91,7 +91,7 @@ class Stream(Protocol):
 
 def total_steps(train: TrainConfig, samples: int) -> int:
     """Optimizer steps of a run over a data set of `samples`."""
-    return max(1, math.ceil(train.epochs * samples / train.batch)) if train.epochs > 0 else train.steps
+    return train.steps or max(1, math.ceil(train.epochs * samples / train.batch))
 
 
 def seed_generators(seed: int, step: int, rank: int) -> None:
@@ -137,19 +137,21 @@ def train(
     """
     collectives = connect()
     steps = total_steps(train, len(stream.dataset))
-    finished = _prepare_folder(run, config, steps, resume, collectives)
+    finished = _prepare_folder(run, config, stream.dataset.digest, steps, resume, collectives)
     if finished is not None:
         logger.info("%s is finished already", run)
         return finished
     return _Training(objective, stream, train, run, seed, config, collate, description, collectives, steps).run_to_end()
 
 
-def _prepare_folder(run: Path, config: dict[str, Any], steps: int, resume: bool, collectives: Collectives) -> dict[str, float] | None:
+def _prepare_folder(
+    run: Path, config: dict[str, Any], data: str, steps: int, resume: bool, collectives: Collectives
+) -> dict[str, float] | None:
     """Make the folder ready on rank 0; return the metrics of a run that is finished already."""
     outcome: Any = None
     if collectives.rank == 0:
         try:
-            outcome = _prepare_on_rank_0(run, config, steps, resume)
+            outcome = _prepare_on_rank_0(run, config, data, steps, resume)
         except CheckpointError as error:  # all ranks must raise, or the others would wait for rank 0
             outcome = error
     outcome = collectives.broadcast_object(outcome)
@@ -158,7 +160,7 @@ def _prepare_folder(run: Path, config: dict[str, Any], steps: int, resume: bool,
     return outcome  # type: ignore[no-any-return]
 
 
-def _prepare_on_rank_0(run: Path, config: dict[str, Any], steps: int, resume: bool) -> dict[str, float] | None:
+def _prepare_on_rank_0(run: Path, config: dict[str, Any], data: str, steps: int, resume: bool) -> dict[str, float] | None:
     run.mkdir(parents=True, exist_ok=True)
     if not resume:
         for name in (checkpoint.FOLDER, MONITOR_FOLDER):
@@ -175,6 +177,8 @@ def _prepare_on_rank_0(run: Path, config: dict[str, Any], steps: int, resume: bo
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{done} is damaged ({error}): delete it and run again to finish from the last checkpoint") from error
         checkpoint.check_config(saved, config, done)
+        if content.get("data") != data:
+            raise CheckpointError(f"{run} was trained on other data: choose another output folder")
         if step >= steps:
             return metrics
         done.unlink()  # the run was made longer
@@ -361,7 +365,7 @@ class _Training:
         if self.collectives.rank == 0:
             self.objective.export(self.run, state)
             metrics = last_metrics(self.run / METRICS_FILE)
-            content = {"step": self.step, "metrics": metrics, "config": self.config}
+            content = {"step": self.step, "metrics": metrics, "config": self.config, "data": self.stream.dataset.digest}
             write_atomically(self.run / DONE_FILE, (json.dumps(content, indent=1) + "\n").encode())
         metrics = self.collectives.broadcast_object(metrics)
         return metrics

@@ -23,7 +23,7 @@ from t2v_ds.models.facade import TOKENIZER_FOLDER, load_tokenizer, require_same_
 from t2v_ds.models.text import build_text_encoder
 from t2v_ds.training.distributed import connect
 from t2v_ds.training.ds_config import accumulation_steps
-from t2v_ds.training.loop import seed_generators, train
+from t2v_ds.training.loop import seed_generators, total_steps, train
 from t2v_ds.training.objectives import Clips, TransformerObjective, VQVAEObjective
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,12 @@ def train_vqvae(config: VQVAERunConfig) -> dict[str, float]:
             raise ConfigError(
                 f"setting 'model.image_size' is {config.model.image_size}, but {config.data} holds frames of "
                 f"{dataset.manifest.image_size} pixels: set model.image_size={dataset.manifest.image_size}, or prepare the data again"
+            )
+        steps, warmup = total_steps(config.train, len(dataset)), config.model.quantizer.warmup_steps
+        if warmup >= steps:
+            raise ConfigError(
+                f"setting 'model.quantizer.warmup_steps' is {warmup}, but the run has {steps} steps and would never quantize: "
+                "allowed: fewer than the steps (train.steps, train.epochs)"
             )
         micro, _ = accumulation_steps(config.train, collectives.world_size)
         seed_generators(config.seed, 0, 0)  # the same start on all ranks

@@ -271,3 +271,53 @@ def test_a_checkpoint_that_cannot_be_written(trained: Trained, tmp_path: Path) -
     assert (run / "model.safetensors").read_bytes() == (trained.tokenizer / "model.safetensors").read_bytes()
     with ShardDataset(trained.raw, "raw") as dataset:
         assert load_tokenizer(run).encode(dataset.read(0)["frames"].copy()).shape == (len(dataset.read(0)["frames"]), 8, 8)
+
+
+# -- what is there already -------------------------------------------------------------------------------------------------
+
+
+def test_other_peoples_files_are_never_replaced(trained: Trained, tmp_path: Path) -> None:
+    mine = tmp_path / "project"
+    (mine / "downloads").mkdir(parents=True)
+    (mine / "downloads" / "thesis.txt").write_text("x")
+    before = contents(mine)
+    assert "holds other files ('downloads'): choose a new or empty folder" in said(t2v("prepare", "--out", mine, "clips=3"))
+    source = gifs(tmp_path / "gifs", 2)
+    kept = contents(source)
+    assert "holds other files" in said(t2v("prepare", "--source", source, "--out", source))
+    assert contents(source) == kept
+    shutil.copytree(trained.tokenizer, mine / "tokenizer")
+    before = contents(mine)
+    sentence = said(t2v("train-transformer", "--data", trained.tokens, "--out", mine, "train.steps=1"))
+    assert f"{mine / 'tokenizer'} would be replaced, but holds" in sentence
+    assert {name: data for name, data in contents(mine).items() if name in before} == before
+
+
+def test_codes_of_other_data_or_precision_are_not_mixed(trained: Trained, tmp_path: Path) -> None:
+    command = ("tokenize", "--data", trained.raw, "--tokenizer", trained.tokenizer, "--out", tmp_path / "tokens")
+    shutil.copytree(trained.tokens, tmp_path / "tokens")
+    assert "was made with precision=fp32" in said(t2v(*command, "precision=bf16"))
+    (tmp_path / "tokens" / "manifest.json").unlink()
+    assert "holds shards but neither manifest.json nor" in said(t2v(*command))
+    (tmp_path / "tokens" / ".tokenize.json").write_text(json.dumps({"raw_digest": "other", "precision": "fp32"}))
+    assert "holds the codes of other data" in said(t2v(*command))
+
+
+def test_a_manifest_cannot_name_a_path(trained: Trained, tmp_path: Path) -> None:
+    shutil.copytree(trained.raw, tmp_path / "raw")
+    path = tmp_path / "raw" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["shards"][0]["name"] = "../../victim/raw-00000.tar"
+    path.write_text(json.dumps(manifest))
+    out = tmp_path / "out"
+    sentence = said(t2v("tokenize", "--data", tmp_path / "raw", "--tokenizer", trained.tokenizer, "--out", out))
+    assert "is damaged (shard name '../../victim/raw-00000.tar')" in sentence
+    assert not out.exists()
+
+
+def test_a_tokenizer_that_would_never_quantize_is_not_trained(trained: Trained, tmp_path: Path) -> None:
+    settings = ("model.image_size=32", "losses.perceptual=0", "train.steps=9")
+    command = ("train-vqvae", "--data", trained.raw, "--out", tmp_path / "run", *settings)
+    sentence = said(t2v(*command, "model.quantizer.warmup_steps=9"))
+    assert "'model.quantizer.warmup_steps' is 9, but the run has 9 steps" in sentence
+    assert not (tmp_path / "run").exists()

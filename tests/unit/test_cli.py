@@ -126,7 +126,7 @@ def test_the_launchers_flag_is_ignored_wherever_it_stands(at: int, flag: str, ca
         (["prepare", "--sou", "x"], "unrecognized arguments: --sou"),  # no abbreviations: a new flag would break them
         (["prepare", "--out"], "argument --out: expected one argument (see t2v prepare --help)"),
         (["prepare", "stray"], "override 'stray' is not of the form key=value"),
-        (["prepare", "clisp=3"], "unknown setting 'clisp' in defaults: did you mean 'clips' or"),
+        (["prepare", "clisp=3"], "unknown setting 'clisp' in the command line: did you mean 'clips' or"),
         (["train-vqvae", "--config", "tgif_vqva"], "did you mean 'tgif_vqvae'"),
         (["doctor", "seed=1"], "unrecognized arguments: seed=1"),
         (["generate", "--prompt", "a"], "--model is not given"),
