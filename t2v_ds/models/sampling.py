@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from t2v_ds.config import SamplingConfig
-from t2v_ds.models.transformer import Cache, Packing, VideoTransformer
+from t2v_ds.models.packing import Packing
+from t2v_ds.models.transformer import Cache, VideoTransformer
 
 
 def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
