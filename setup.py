@@ -1,12 +1,57 @@
-"""Where the packages lie; everything else about the project is in pyproject.toml.
+"""Where the packages lie, and the kernels compiled ahead of time; everything else about the project is in pyproject.toml.
 
 `kernels/`, `ds_configs/` and `configs/` stand at the top level, where people look for them, and are installed inside the
 package, where code finds them: as `t2v_ds.kernels`, `t2v_ds.ds_configs` and `t2v_ds.configs`.
+
+Kernels are compiled here where torch can be imported (`pip install --no-build-isolation .`), else at their first use. For
+CUDA, the environment variable T2V_BUILD_CUDA decides: "auto" (the default) compiles if there is an nvcc and torch knows CUDA, "1"
+fails if that cannot be done, "0" does not try. No GPU is needed.
 """
 
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+HERE = Path(__file__).parent
+
+
+def compile_kernels(into: Path) -> None:
+    """Compile into the folder what can be; only a CUDA kernel that was asked for with T2V_BUILD_CUDA=1 must succeed."""
+    wanted = os.environ.get("T2V_BUILD_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        sys.exit(f"T2V_BUILD_CUDA is {wanted!r}; it can be auto, 0 or 1")
+    spec = importlib.util.spec_from_file_location("kernels_build", HERE / "kernels" / "build.py")
+    build = importlib.util.module_from_spec(spec)
+    sys.modules["kernels_build"] = build
+    try:
+        spec.loader.exec_module(build)
+    except ImportError as error:
+        if wanted == "1":
+            sys.exit(f"T2V_BUILD_CUDA=1, but {error.name} cannot be imported; install it first and use pip install --no-build-isolation")
+        return
+    for device in ("CPU",) if wanted == "0" else ("CPU", "CUDA"):
+        try:
+            build.compile_library(device, into / build.library_name(build.TARGETS[device]))
+        except (OSError, RuntimeError) as error:
+            if device == "CUDA" and wanted == "1":
+                sys.exit(f"T2V_BUILD_CUDA=1, but {error}")
+            print(f"the {device} kernel is not compiled now: {error}")
+
+
+class BuildWithKernels(build_py):
+    """Also compiles the kernels, into what is built or, for an editable installation, beside their sources."""
+
+    def run(self) -> None:
+        super().run()
+        compile_kernels(HERE / "kernels" if self.editable_mode else Path(self.build_lib) / "t2v_ds" / "kernels")
+
 
 setup(
+    cmdclass={"build_py": BuildWithKernels},
     packages=[
         "t2v_ds",
         *(f"t2v_ds.{name}" for name in find_packages("t2v_ds")),
@@ -22,7 +67,7 @@ setup(
     },
     package_data={
         "t2v_ds": ["py.typed"],
-        "t2v_ds.kernels": ["*.cpp", "*.h"],
+        "t2v_ds.kernels": ["*.cpp", "*.h", "*.inc", "*.cu", "*.cuh"],
         "t2v_ds.ds_configs": ["*.json"],
         "t2v_ds.configs": ["*.yaml"],
     },

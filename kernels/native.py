@@ -1,78 +1,67 @@
-"""Compiles `vq_cpu.cpp` once a machine and loads it as the operators `torch.ops.t2v_vq`.
+"""Finds or compiles the operators `torch.ops.t2v_vq` and loads them.
 
-    sources, flags, torch's version -> a name -> in the cache: load; else g++ -> temporary file -> rename -> load
+    built with the package (setup.py)  -> load
+    else: sources, flags, torch's version -> a name -> in the cache: load; else compile -> temporary folder -> rename -> load
 
-The library holds code for every kind of processor and chooses when it runs, so a cache that nodes share serves them all.
-Ranks that start together may each compile; the renaming makes whichever comes last harmless, and a kill leaves no lock behind.
+The CPU's library holds code for every kind of processor and chooses when it runs, so that a cache that nodes share serves them
+all. The GPU's is compiled where torch sees a GPU and nvcc is found. Ranks that start together may each compile; the renaming
+makes whichever comes last harmless, and a kill leaves no lock behind.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-import shutil
-import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
 
 import torch
 
+from . import build
+
 logger = logging.getLogger(__name__)
 
-SOURCES = ("vq_cpu.cpp", "vq.h")
 SWITCH = "T2V_VQ"  # environment variable: "reference" keeps the compiled operators out
-_FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020e000000000000")
 
 
 @cache
-def available() -> bool:
-    """Whether `torch.ops.t2v_vq` can be used; the first call compiles or loads it, and says once why it cannot."""
-    reason = _load()
-    if reason:
-        logger.warning("nearest codes are found with plain torch, exact as well but slower: %s", reason)
-    return not reason
+def available() -> tuple[str, ...]:
+    """Devices ("CPU", "CUDA") whose compiled operators are loaded now; says once, by its reason, what is not."""
+    loaded: list[str] = []
+    for device in ("CPU", "CUDA"):
+        if device == "CUDA" and (not loaded or not torch.cuda.is_available()):
+            break
+        reason = _load(device)
+        if reason:
+            logger.warning("nearest codes on %s are found with plain torch, exact as well but slower: %s", device, reason)
+        else:
+            loaded.append(device)
+    return tuple(loaded)
 
 
-def _load() -> str:
-    """Load the library; the reason why not, or nothing."""
+def _load(device: str) -> str:
+    """Load a device's library; the reason why not, or nothing."""
     if os.environ.get(SWITCH) == "reference":
         return f"{SWITCH}=reference"
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    here = Path(__file__).parent
-    digest = hashlib.sha256("\0".join((torch.__version__, *_FLAGS)).encode())
-    for name in SOURCES:
-        digest.update((here / name).read_bytes())
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "t2v_ds"
-    library = folder / f"vq-{digest.hexdigest()[:16]}.so"
     try:
-        if not library.is_file():
-            if compiler is None:
-                return "there is no C++ compiler (g++) on the PATH"
-            _compile(compiler, here / SOURCES[0], library)
-        torch.ops.load_library(str(library))
+        torch.ops.load_library(str(_library(device)))
     except (OSError, RuntimeError) as error:
         return " ".join(str(error).split())[:300]
     return ""
 
 
-def _compile(compiler: str, source: Path, library: Path) -> None:
-    """Compile `source` into `library`, which appears whole or not at all.
-
-    Raises:
-        OSError: the folder cannot be written, or the compiler not started.
-        RuntimeError: the compiler reports an error (with its first line).
-    """
-    root = Path(torch.__file__).parent
-    library.parent.mkdir(parents=True, exist_ok=True)
-    logger.info("compiling %s (once)", source.name)
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        made = Path(folder) / library.name
-        command = [compiler, *_FLAGS, f"-I{root / 'include'}", "-o", str(made), str(source), f"-L{root / 'lib'}"]
-        command += ["-ltorch", "-ltorch_cpu", "-lc10"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no message"]
-            raise RuntimeError(f"{compiler} failed: {lines[0]}")
-        os.replace(made, library)
+def _library(device: str) -> Path:
+    """The library for a device: as installed, as cached, or compiled now; it appears whole or not at all."""
+    name = build.library_name(build.TARGETS[device])
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "t2v_ds"
+    for library in (build.HERE / name, folder / name):
+        if library.is_file():
+            return library
+    build.compiler_of(device)  # before anything is written
+    folder.mkdir(parents=True, exist_ok=True)
+    logger.info("compiling %s (once)", build.TARGETS[device].source)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        build.compile_library(device, Path(temporary) / name)
+        os.replace(Path(temporary) / name, folder / name)
+    return folder / name

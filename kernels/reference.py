@@ -42,13 +42,18 @@ def lookup(latents: Tensor, codebook: Tensor) -> Tensor:
         return torch.where(codes < 0, codes, first[codes])
 
 
-def statistics(latents: Tensor, codebook: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def statistics(latents: Tensor, codebook: Tensor, codes: Tensor, deterministic: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(codebook rows of codes [N, D], latents a code [K], sums of them [K, D]), all fp32, of codes >= 0.
 
-    On CUDA the sums are added in no fixed order, so that their last bits differ from run to run.
+    On CUDA the sums are added in no fixed order unless `deterministic`.
     """
     counts = torch.bincount(codes, minlength=len(codebook)).float()
-    sums = torch.zeros_like(codebook).index_add_(0, codes, latents)
+    before, only_warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(deterministic or before, warn_only=only_warns)
+    try:
+        sums = torch.zeros_like(codebook).index_add_(0, codes, latents)
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=only_warns)
     return codebook[codes], counts, sums
 
 
@@ -68,7 +73,8 @@ def _decide(latents: Tensor, codebook: Tensor, scores: Tensor, error: Tensor) ->
     """Codes of a chunk from its scores [n, K] and their error bounds [n]."""
     best, codes = scores.max(1)
     sound = torch.isfinite(error) & torch.isfinite(best)  # else overflow: every code is a candidate
-    near = scores.double() >= (best.double() - 2 * error).where(sound, -torch.inf)[:, None]
+    threshold = (best.double() - 2 * error).where(sound, -torch.inf).float()
+    near = scores >= torch.nextafter(threshold, threshold.new_tensor(-torch.inf))[:, None]  # rounded down
     near |= ~sound[:, None]
     finite = torch.isfinite(latents).all(1)
     several = (near.sum(1) > 1) & finite

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -10,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from t2v_ds.kernels import native, reference, vq_assign, vq_lookup
+from t2v_ds.kernels import build, lookup, native, ops, reference, vq_assign, vq_lookup
 
-PATHS = ("reference", "portable", "avx2", "avx512", "bf16")  # a processor without one takes the best that it has
+PATHS = ("reference", "portable", "avx2", "avx512", "bf16", "amx")  # a processor without one takes the best that it has
 SHAPES = ((1, 2, 1), (37, 1, 5), (300, 130, 8), (257, 1024, 64), (130, 1000, 256), (64, 70, 33))
 Data = tuple[Tensor, Tensor]
 
@@ -20,9 +23,10 @@ Data = tuple[Tensor, Tensor]
 @pytest.fixture(params=PATHS)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each way of computing, one after another."""
-    assert native.available()
+    assert "CPU" in native.available()
     if request.param == "reference":
-        monkeypatch.setattr(native, "available", lambda: False)
+        plain = {"lookup": ops._reference_lookup, "assign": ops._reference_assign}
+        monkeypatch.setattr(lookup, "_call", lambda operator, *arguments: plain[operator.__name__.split(".")[0]](*arguments))
         monkeypatch.setattr(reference, "_CPU_SCORES", 2**15)  # several chunks
     else:
         monkeypatch.setenv("T2V_VQ_CPU", request.param)
@@ -78,6 +82,11 @@ def bf16(n: int, k: int, d: int, seed: int) -> Data:
     return latents.bfloat16(), codebook.bfloat16()
 
 
+def fp16(n: int, k: int, d: int, seed: int) -> Data:
+    latents, codebook = gaussian(n, k, d, seed)
+    return latents.half(), codebook
+
+
 def near_ties(n: int, k: int, d: int, seed: int) -> Data:
     """Codes that differ in their last bits: not even float64 tells their distances apart."""
     k = min(k, 20)  # rational numbers are slow
@@ -90,7 +99,7 @@ def near_ties(n: int, k: int, d: int, seed: int) -> Data:
 KINDS: dict[str, Callable[[int, int, int, int], Data]] = {
     "gaussian": gaussian, "clusters": clusters, "mean +100": offset(100.0), "mean +1e4": offset(1e4), "fresh": fresh,
     "duplicated": duplicated, "equal to codes": equal_to_codes, "midpoints": midpoints, "denormal": scaled(1e-41),
-    "1e30": scaled(1e30), "largest": scaled(5e37), "one code": one_code, "bf16": bf16, "near ties": near_ties,
+    "1e30": scaled(1e30), "largest": scaled(5e37), "one code": one_code, "bf16": bf16, "fp16": fp16, "near ties": near_ties,
 }  # fmt: skip
 
 
@@ -162,16 +171,69 @@ def test_fp32_whatever_the_surroundings_say(path: str) -> None:
 def test_assign_collects_exact_statistics(path: str) -> None:
     latents, codebook = gaussian(600, 40, 6, 0)
     latents = (latents * 64).round() / 64  # sums of these have no rounding
-    latents.requires_grad_()
     codes, quantized, counts, sums = vq_assign(latents, codebook)
     assert torch.equal(codes, vq_lookup(latents, codebook))
     assert torch.equal(quantized, codebook[codes])
-    assert not quantized.requires_grad
-    assert not sums.requires_grad
     for code in range(40):
-        mine = latents.detach()[codes == code]
+        mine = latents[codes == code]
         assert int(counts[code]) == len(mine)
         assert torch.equal(sums[code], mine.sum(0))
+
+
+@pytest.mark.parametrize("kind", ["fresh", "midpoints", "one code", "mean +1e4", "1e30"])
+def test_where_rounding_leaves_much_undecided(kind: str, path: str) -> None:
+    for shape in ((1200, 300, 40), (900, 60, 3)):  # enough to try every precision
+        latents, codebook = KINDS[kind](*shape, 0)
+        assert torch.equal(vq_lookup(latents, codebook), reference.lookup(latents, codebook))
+
+
+def test_many_latents(path: str) -> None:
+    latents, codebook = clusters(5000, 700, 24, 0)
+    codes, quantized, counts, sums = vq_assign(latents, codebook)
+    assert torch.equal(codes, reference.lookup(latents, codebook))
+    assert torch.equal(quantized, codebook[codes])
+    assert torch.equal(counts, torch.bincount(codes, minlength=700).float())
+    torch.testing.assert_close(sums, torch.zeros(700, 24, dtype=torch.float64).index_add_(0, codes, latents.double()).float())
+
+
+OPERATORS = """
+import sys, torch
+from t2v_ds.kernels import ops, vq_assign, vq_lookup
+
+ops.ready()
+latents, codebook, weights = torch.randn(37, 33, requires_grad=True), torch.randn(21, 33, requires_grad=True), torch.randn(37, 33)
+for arguments in ((latents, codebook.detach()), (latents.detach(), codebook.detach()), (latents.detach().bfloat16(), codebook.detach())):
+    torch.library.opcheck(torch.ops.t2v_vq.lookup.default, (*arguments, False))
+    torch.library.opcheck(torch.ops.t2v_vq.assign.default, (*arguments, True))
+
+def loss(latents, codebook):
+    codes, quantized, counts, sums = vq_assign(latents, codebook)
+    return (quantized * weights).sum() + 0 * vq_lookup(latents, codebook).sum() + 0 * counts.sum() + 0 * sums.sum()
+
+for function in (loss, torch.compile(loss, fullgraph=True)):
+    latents.grad = None
+    function(latents, codebook).backward()
+    assert torch.equal(latents.grad, weights) and codebook.grad is None
+half = latents.detach().bfloat16().requires_grad_()
+vq_assign(half, codebook)[1].sum().backward()
+assert half.grad.dtype == torch.bfloat16
+bad = latents.detach().clone()
+bad[5] = float("nan")
+try:
+    torch.compile(vq_lookup, fullgraph=True)(bad, codebook.detach())
+except (RuntimeError, ValueError) as error:
+    assert "latents row 5 holds NaN or infinity" in str(error)
+else:
+    sys.exit("no error")
+"""
+
+
+@pytest.mark.parametrize("switch", ["reference", "compiled"])
+def test_operators_can_be_traced_compiled_and_differentiated(switch: str) -> None:
+    environment = {**os.environ, "T2V_VQ": switch}
+    done = subprocess.run([sys.executable, "-c", OPERATORS], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert ("plain torch" in done.stderr) == (switch == "reference")
 
 
 def test_threads_change_nothing() -> None:
@@ -205,12 +267,13 @@ def test_a_bad_row_is_named_or_marked(value: float, path: str) -> None:
 def test_types_and_shapes_are_checked() -> None:
     latents, codebook = gaussian(10, 300, 4, 0)
     assert vq_lookup(latents.bfloat16(), codebook, torch.int16).dtype == torch.int16
+    assert torch.equal(vq_lookup(latents, codebook, torch.int32).long(), vq_lookup(latents, codebook))
     with pytest.raises(ValueError, match="uint8 cannot name 300"):
         vq_lookup(latents, codebook, torch.uint8)
     with pytest.raises(ValueError, match=r"\[10, 4\] and the codebook is \[300, 3\]"):
         vq_lookup(latents, codebook[:, :3])
-    with pytest.raises(ValueError, match="floating point"):
-        vq_lookup(latents.long(), codebook)
+    with pytest.raises(ValueError, match="expected float32, bfloat16 or float16"):
+        vq_lookup(latents.double(), codebook)
     with pytest.raises(ValueError, match="at least one row"):
         vq_lookup(latents, codebook[:0])
     with pytest.raises(ValueError, match="one device"):
@@ -218,15 +281,16 @@ def test_types_and_shapes_are_checked() -> None:
 
 
 def test_without_a_compiler_or_with_a_broken_one_there_is_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(build, "library_name", lambda target: "another.so")  # none is there under this name
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    assert "no C++ compiler" in native._load()
+    assert "no C++ compiler" in native._load("CPU")
     broken = tmp_path / "g++"
     broken.write_text("#!/bin/sh\necho 'vq_cpu.cpp:1: error: no such thing' >&2\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    assert "failed: vq_cpu.cpp:1: error: no such thing" in native._load()
+    assert "failed: vq_cpu.cpp:1: error: no such thing" in native._load("CPU")
     assert [one.name for one in tmp_path.rglob("*") if one.is_file()] == ["g++"]  # nothing half-made is left
     monkeypatch.setenv("T2V_VQ", "reference")
-    assert native._load() == "T2V_VQ=reference"
+    assert native._load("CPU") == "T2V_VQ=reference"

@@ -1,0 +1,124 @@
+"""Compiles the kernels into libraries that torch can load; needs torch and a compiler, and nothing else of the project.
+
+    python kernels/build.py [cpu] [cuda] [--into FOLDER]
+
+A library's name holds a digest of its sources, its flags and torch's version: one that is there under its name is the right one.
+`setup.py` builds into the package, `native.py` into a cache at the first use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+_STABLE = ("-std=c++20", "-DTORCH_TARGET_VERSION=0x020e000000000000")  # torch's stable ABI, as of 2.14
+
+
+@dataclass(frozen=True)
+class Target:
+    """A library and what it is made of."""
+
+    source: str
+    headers: tuple[str, ...]
+    flags: tuple[str, ...]
+
+
+TARGETS = {
+    "CPU": Target(
+        source="vq_cpu.cpp",
+        headers=("vq.h", "vq_cpu_common.h", "vq_cpu_vector.h", "vq_cpu_vector.inc", "vq_cpu_amx.h"),
+        flags=("-O3", "-fPIC", "-shared", "-Wno-psabi", *_STABLE),
+    ),
+    "CUDA": Target(
+        source="vq_cuda.cu",
+        headers=("vq.h",),
+        # Machine code for A100 and H100, and PTX from which the driver compiles for what comes later.
+        flags=(
+            "-O3", "-Xcompiler=-fPIC", "-shared", "-DUSE_CUDA", *_STABLE,
+            "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90", "-gencode=arch=compute_90,code=compute_90",
+        ),
+    ),
+}  # fmt: skip
+
+
+def library_name(target: Target) -> str:
+    """File name of a target's library, different for different sources, flags and versions of torch."""
+    digest = hashlib.sha256("\0".join((torch.__version__, *target.flags)).encode())
+    for name in (target.source, *target.headers):
+        digest.update((HERE / name).read_bytes())
+    return f"{Path(target.source).stem}-{digest.hexdigest()[:16]}.so"
+
+
+def find_nvcc() -> Path | None:
+    """The nvcc of CUDA_HOME or CUDA_PATH, of the usual place, or on the PATH."""
+    places = [Path(os.environ[name]) / "bin/nvcc" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    places += [Path("/usr/local/cuda/bin/nvcc")]
+    on_path = shutil.which("nvcc")
+    places += [Path(on_path)] if on_path else []
+    return next((place for place in places if place.is_file()), None)
+
+
+def compiler_of(device: str) -> str:
+    """The compiler for "CPU" or "CUDA".
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    if device == "CPU":
+        compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+        if compiler is None:
+            raise RuntimeError("there is no C++ compiler (g++) on the PATH")
+        return compiler
+    if torch.version.cuda is None:
+        raise RuntimeError("this torch is built without CUDA")
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise RuntimeError("there is no nvcc: not in CUDA_HOME, /usr/local/cuda or on the PATH")
+    return str(nvcc)
+
+
+def compile_library(device: str, library: Path) -> None:
+    """Compile the sources for "CPU" or "CUDA" into `library`.
+
+    Raises:
+        RuntimeError: there is no compiler, or it reports an error (with its first line).
+        OSError: the compiler cannot be started.
+    """
+    compiler, target = compiler_of(device), TARGETS[device]
+    root = Path(torch.__file__).parent
+    command = [compiler, *target.flags, f"-I{root / 'include'}", "-o", str(library), str(HERE / target.source), f"-L{root / 'lib'}"]
+    command += ["-ltorch", "-ltorch_cpu", "-lc10"]
+    if device == "CUDA":
+        command += ["-ltorch_cuda", "-lc10_cuda"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no message"]
+        raise RuntimeError(f"{compiler} failed: {lines[0]}")
+
+
+def main() -> None:
+    """Compile what is named: all that can be, unless asked for less."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("devices", nargs="*", metavar="cpu|cuda")
+    parser.add_argument("--into", type=Path, default=HERE)
+    flags = parser.parse_args()
+    for device in [one.upper() for one in flags.devices] or list(TARGETS):
+        if device not in TARGETS:
+            parser.error(f"{device.lower()} is not a target; use cpu or cuda")
+        try:
+            compile_library(device, flags.into / library_name(TARGETS[device]))
+        except (OSError, RuntimeError) as error:
+            sys.exit(f"{device.lower()}: {error}")
+
+
+if __name__ == "__main__":
+    main()
