@@ -51,17 +51,27 @@ def _load(device: str) -> str:
     return ""
 
 
-def _library(device: str) -> Path:
-    """The library for a device: as installed, as cached, or compiled now; it appears whole or not at all."""
+def find_library(device: str) -> Path | None:
+    """The compiled library of these sources for "CPU" or "CUDA", as installed or as cached; None if there is none."""
     name = build.library_name(build.TARGETS[device])
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "t2v_ds"
-    for library in (build.HERE / name, folder / name):
-        if library.is_file():
-            return library
+    return next((library for library in (build.HERE / name, _cache() / name) if library.is_file()), None)
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "t2v_ds"
+
+
+def _library(device: str) -> Path:
+    """The library for a device, compiled now if need be; it appears whole or not at all."""
+    library = find_library(device)
+    if library is not None:
+        return library
     build.compiler_of(device)  # before anything is written
-    folder.mkdir(parents=True, exist_ok=True)
+    library = _cache() / build.library_name(build.TARGETS[device])
+    library.parent.mkdir(parents=True, exist_ok=True)
     logger.info("compiling %s (once)", build.TARGETS[device].source)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        build.compile_library(device, Path(temporary) / name)
-        os.replace(Path(temporary) / name, folder / name)
-    return folder / name
+    with tempfile.TemporaryDirectory(dir=library.parent) as temporary:
+        made = Path(temporary) / library.name
+        build.compile_library(device, made)
+        os.replace(made, library)
+    return library

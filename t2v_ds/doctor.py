@@ -15,6 +15,8 @@ from typing import Literal
 
 import torch
 
+from t2v_ds.kernels import build, native
+
 Row = tuple[Literal["ok", "missing", "note"], str, str]
 
 GIB = 2**30
@@ -41,6 +43,7 @@ def report() -> list[Row]:
         _shared_memory,
         _deepspeed,
         _compilers,
+        _kernels,
         _video,
         _tensorboard,
         _perceptual_weights,
@@ -155,11 +158,24 @@ def _deepspeed() -> Iterator[Row]:
 
 
 def _compilers() -> Iterator[Row]:
-    ops = "only DeepSpeed's own compiled operators, which t2v's settings do not use, would be built with it"
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    yield _command("nvcc", f"not found: {ops}", places=[Path(home) / "bin"])
-    yield _command("C++ compiler", f"not found: {ops}", names=("c++", "g++", "clang++"))
-    yield _command("ninja", f"not found: {ops}", places=[Path(sys.executable).parent])
+    exact = "nearest codes are then found with plain torch, the same ones but slower"
+    yield _command("C++ compiler", f"not found: {exact}, unless the package was built with its kernel", names=("c++", "g++", "clang++"))
+    yield _command("nvcc", f"not found: on a GPU, {exact}", places=[Path(home) / "bin"])
+    yield _command(
+        "ninja", "not found: only DeepSpeed's own operators, which t2v's settings do not use, need it", places=[Path(sys.executable).parent]
+    )
+
+
+def _kernels() -> Iterator[Row]:
+    for device in ("CPU", "CUDA") if torch.cuda.is_available() else ("CPU",):
+        library = native.find_library(device)
+        try:
+            build.compiler_of(device)
+            otherwise = "compiled at the first use"
+        except RuntimeError as error:
+            otherwise = f"plain torch, exact as well but slower: {error}"
+        yield ("ok" if library else "note"), f"{device} kernel", str(library or otherwise)
 
 
 def _video() -> Iterator[Row]:
