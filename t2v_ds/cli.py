@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from t2v_ds.config import DemoConfig, PrepareConfig, SamplingConfig, TokenizeConfig, TransformerRunConfig, VQVAERunConfig
+from t2v_ds.config import DemoConfig, MergeConfig, PrepareConfig, SamplingConfig, TokenizeConfig, TransformerRunConfig, VQVAERunConfig
 from t2v_ds.config_loader import load_config, resolve_recipe
 from t2v_ds.errors import ConfigError, UserError, nearest
 
@@ -34,6 +34,7 @@ class Flag:
     name: str
     help: str
     metavar: str = "DIR"
+    many: bool = False  # takes several values
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,15 @@ def _train_vqvae(config: VQVAERunConfig, _: argparse.Namespace) -> None:
     from t2v_ds.training.run import train_vqvae
 
     _print_metrics(config.out, train_vqvae(config))
+
+
+def _merge(config: MergeConfig, _: argparse.Namespace) -> None:
+    from t2v_ds.training.health import install_stop_signals
+
+    install_stop_signals()
+    from t2v_ds.merge import merge
+
+    _print_metrics(config.out, merge(config))
 
 
 def _train_transformer(config: TransformerRunConfig, _: argparse.Namespace) -> None:
@@ -149,6 +159,21 @@ VERBS: dict[str, Verb] = {
         (Flag("data", "folder written by t2v prepare"), OUT),
         _train_vqvae,
     ),
+    "merge": Verb(
+        "VQ-VAEs trained on a chunk each -> one tokenizer",
+        "Averages runs of t2v train-vqvae chunk=0, chunk=1, ... that began from one start (start=RUN) and had the same settings, after\n"
+        "aligning their codebooks. Then trains on all chunks alike from there, and writes report.md: what each model makes of every chunk."
+        + LAUNCH.format(verb="merge"),
+        "t2v merge --threads runs/thread-0 runs/thread-1 --data data/raw --out runs/tokenizer epochs=1",
+        MergeConfig,
+        (
+            Flag("threads", "finished runs, one a chunk", "RUN", many=True),
+            Flag("data", "folder written by t2v prepare"),
+            Flag("compare", "further tokenizers to measure beside", "RUN", many=True),
+            OUT,
+        ),
+        _merge,
+    ),
     "tokenize": Verb(
         "raw shards + tokenizer -> token shards",
         "Encodes every clip once, so that training the transformer reads codes and runs no VQ-VAE.",
@@ -211,7 +236,7 @@ def _parser(name: str, verb: Verb) -> _Parser:
         parser.add_argument("--config", metavar="YAML", help="a file of settings, or the name of a recipe in configs/")
         parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings; they win over the file and over flags")
     for flag in verb.flags:
-        parser.add_argument(f"--{flag.name}", metavar=flag.metavar, help=flag.help)
+        parser.add_argument(f"--{flag.name}", metavar=flag.metavar, help=flag.help, nargs="+" if flag.many else None)
     if name == "generate":
         parser.add_argument("--model", metavar="DIR", help="folder written by t2v train-transformer")
         parser.add_argument("--prompt", action="append", metavar="TEXT", help="what to draw; may be given several times")
@@ -264,6 +289,11 @@ def run(arguments: Sequence[str]) -> None:
         raise ConfigError(f"unknown verb '{name}': {nearest(name, VERBS)}")
     verb = VERBS[name]
     flags = _parser(name, verb).parse_intermixed_args(rest)
+    for flag in verb.flags:  # settings behind the last value of a flag that takes several
+        values = getattr(flags, flag.name)
+        if flag.many and values:
+            flags.overrides += [value for value in values if re.match(r"[\w.]+=", value)]
+            setattr(flags, flag.name, [value for value in values if not re.match(r"[\w.]+=", value)])
     config = None
     if verb.config is not None:
         given = [f"{flag.name}={json.dumps(getattr(flags, flag.name))}" for flag in verb.flags if getattr(flags, flag.name) is not None]

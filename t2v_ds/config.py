@@ -206,6 +206,9 @@ class VQVAERunConfig:
     data: str = ""
     out: str = ""
     chunk: int = -1  # train on this chunk only; -1: on all
+    start: str = ""  # folder of a tokenizer to start from; empty: random weights
+    held_out: float = 0.0  # share of the clips kept from training, to measure on
+    balance: bool = False  # show every chunk's clips equally often, however many they are
     frames_per_clip: int = 4  # random frames of each clip in a step
     seed: int = 0
     model: VQVAEConfig = field(default_factory=VQVAEConfig)
@@ -215,7 +218,36 @@ class VQVAERunConfig:
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", self.seed, ">= 0")
         require(self.chunk >= -1, "chunk", self.chunk, "a chunk's index, or -1 for all")
+        require(0 <= self.held_out < 1, "held_out", self.held_out, "0 to below 1")
         require(self.frames_per_clip >= 1, "frames_per_clip", self.frames_per_clip, ">= 1")
+
+
+@dataclass
+class MergeConfig:
+    """Threads, each trained on a chunk -> one tokenizer. What is not given here is as the threads had it."""
+
+    threads: tuple[str, ...] = ()
+    data: str = ""
+    out: str = ""
+    allow_missing: bool = False  # merge although some chunks have no thread
+    compare: tuple[str, ...] = ()  # further tokenizers to measure beside
+    steps: int = 0  # of the cumulative training; 0: as many as `epochs` takes
+    epochs: float = 1.0
+    batch: int = 0  # clips a step over all ranks; 0: the threads'
+    micro_batch: int = 0
+    learning_rate: float = 0.0  # 0: the threads'
+    ds_config: str = ""  # empty: the threads'
+    save_every: int = 500
+    measured_clips: int = 32  # held-out clips a chunk in the report
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 0, "steps", self.steps, ">= 0")
+        require(self.epochs > 0, "epochs", self.epochs, "> 0")
+        require(self.batch >= 0, "batch", self.batch, ">= 0")
+        require(self.micro_batch >= 0, "micro_batch", self.micro_batch, ">= 0")
+        require(self.learning_rate >= 0, "learning_rate", self.learning_rate, ">= 0")
+        require(self.save_every >= 1, "save_every", self.save_every, ">= 1")
+        require(self.measured_clips >= 1, "measured_clips", self.measured_clips, ">= 1")
 
 
 @dataclass

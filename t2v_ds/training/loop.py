@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from t2v_ds.config import TrainConfig
 from t2v_ds.errors import CheckpointError, ConfigError
-from t2v_ds.files import remove_folder, write_atomically
+from t2v_ds.files import code_digest, remove_folder, write_atomically
 from t2v_ds.training import checkpoint, health
 from t2v_ds.training.distributed import Collectives, connect
 from t2v_ds.training.engine import Engine
@@ -365,7 +365,9 @@ class _Training:
         if self.collectives.rank == 0:
             self.objective.export(self.run, state)
             metrics = last_metrics(self.run / METRICS_FILE)
-            content = {"step": self.step, "metrics": metrics, "config": self.config, "data": self.stream.dataset.digest}
+            content = {
+                "step": self.step, "metrics": metrics, "config": self.config, "data": self.stream.dataset.digest, "code": code_digest(),
+            }  # fmt: skip
             write_atomically(self.run / DONE_FILE, (json.dumps(content, indent=1) + "\n").encode())
         metrics = self.collectives.broadcast_object(metrics)
         return metrics

@@ -66,8 +66,8 @@ class VQVAEObjective(Objective):
         return total, metrics
 
     def initialise(self, batch: dict[str, Any], engine: Engine) -> None:
-        """Without a warm-up: set the codebook from the first micro-batch."""
-        if self.model.quantizer.config.warmup_steps:
+        """Without a warm-up, and without a codebook to start from: set it from the first micro-batch."""
+        if self.model.quantizer.config.warmup_steps or self.model.quantizer.started:
             return
         with torch.no_grad(), engine.autocast():
             engine.forward(batch)

@@ -18,8 +18,10 @@ from t2v_ds.config import TransformerRunConfig, VQVAERunConfig
 from t2v_ds.config_loader import to_dict
 from t2v_ds.data.shards import ShardDataset
 from t2v_ds.data.stream import ClipStream, Sample, codes_batch, frames_batch, random_frames
+from t2v_ds.data.subset import Selection, balanced, split
 from t2v_ds.errors import ConfigError
-from t2v_ds.models.facade import TOKENIZER_FOLDER, load_tokenizer, require_same_tokenizer
+from t2v_ds.models.exported import load_state
+from t2v_ds.models.facade import TOKENIZER_FOLDER, Tokenizer, load_tokenizer, require_same_tokenizer
 from t2v_ds.models.text import build_text_encoder
 from t2v_ds.training.distributed import connect
 from t2v_ds.training.ds_config import accumulation_steps
@@ -49,8 +51,10 @@ def train_vqvae(config: VQVAERunConfig) -> dict[str, float]:
                 f"setting 'model.image_size' is {config.model.image_size}, but {config.data} holds frames of "
                 f"{dataset.manifest.image_size} pixels: set model.image_size={dataset.manifest.image_size}, or prepare the data again"
             )
-        steps, warmup = total_steps(config.train, len(dataset)), config.model.quantizer.warmup_steps
-        if warmup >= steps:
+        clips = training_clips(dataset, config)
+        start = load_tokenizer(config.start) if config.start else None
+        steps, warmup = total_steps(config.train, len(clips)), config.model.quantizer.warmup_steps
+        if warmup >= steps and start is None:
             raise ConfigError(
                 f"setting 'model.quantizer.warmup_steps' is {warmup}, but the run has {steps} steps and would never quantize: "
                 "allowed: fewer than the steps (train.steps, train.epochs)"
@@ -58,13 +62,47 @@ def train_vqvae(config: VQVAERunConfig) -> dict[str, float]:
         micro, _ = accumulation_steps(config.train, collectives.world_size)
         seed_generators(config.seed, 0, 0)  # the same start on all ranks
         objective = VQVAEObjective(config, collectives, _examples(dataset))
+        settings = _settings(config)
+        if start is not None:
+            _start_from(objective, start, config)
+            settings["start"] = start.tokenizer_id  # wherever it lies
         stream = ClipStream(
-            dataset, config.train.batch, collectives.rank, collectives.world_size, config.seed, config.train.data_threads,
+            clips, config.train.batch, collectives.rank, collectives.world_size, config.seed, config.train.data_threads,
             random_frames(config.frames_per_clip), micro,
         )  # fmt: skip
         with stream:
-            settings = _settings(config)
             return train(objective, stream, config.train, Path(config.out), config.seed, settings, frames_batch, description="vqvae")
+
+
+def training_clips(dataset: ShardDataset, config: VQVAERunConfig) -> ShardDataset | Selection:
+    """The clips of a data set that a run trains on."""
+    if not config.held_out and not config.balance:
+        return dataset
+    numbers, _ = split(dataset, config.held_out)
+    if config.balance:
+        chunks = np.concatenate([np.full(len(part), shard.chunk) for shard, part in zip(dataset.shards, dataset.shard_ranges, strict=True)])
+        numbers = balanced([numbers[chunks[numbers] == chunk] for chunk in np.unique(chunks[numbers])])
+    return Selection(dataset, numbers)
+
+
+def _start_from(objective: VQVAEObjective, start: Tokenizer, config: VQVAERunConfig) -> None:
+    """Put a tokenizer's weights and codebook in the place of the random ones.
+
+    Raises:
+        ConfigError: it is another model.
+    """
+    found, wanted = to_dict(start.model.config), to_dict(config.model)
+    for settings in (found, wanted):
+        for name in ("warmup_steps", "decay", "dead_below", "revive_every", "diversity_temperature"):  # how it learns
+            settings["quantizer"].pop(name)
+    different = [name for name in found if found[name] != wanted[name]]
+    if different:
+        name = different[0]
+        raise ConfigError(
+            f"setting 'model.{name}' is {wanted[name]!r}, but tokenizer {config.start}, from which to start, has {found[name]!r}: "
+            "they must be equal"
+        )
+    load_state(objective.model, start.model.state_dict(), config.start)
 
 
 def _examples(dataset: ShardDataset) -> np.ndarray:

@@ -77,7 +77,11 @@ def test_values_are_read_as_what_the_setting_is() -> None:
         (["train.stesp=3"], "unknown setting 'train.stesp' in the command line: did you mean 'train.steps' or "),
         (["model.quantizer.codebok_size=3"], "unknown setting 'model.quantizer.codebok_size' in the command line: did you mean 'model."),
         (["modle.image_size=3"], "unknown setting 'modle' in the command line: did you mean 'model'?"),
-        (["zzz=3"], "unknown setting 'zzz' in the command line: valid: chunk, data, frames_per_clip, losses, model, out, seed, train"),
+        (
+            ["zzz=3"],
+            "unknown setting 'zzz' in the command line: valid: balance, chunk, data, frames_per_clip, held_out, losses, model, out, seed, "
+            "start, train",
+        ),
         (["train.steps=many"], "setting 'train.steps' in the command line is 'many'; expected a whole number"),
         (["train.steps=1.5"], "setting 'train.steps' in the command line is 1.5; expected a whole number"),
         (["train.steps=true"], "setting 'train.steps' in the command line is True; expected a whole number"),
