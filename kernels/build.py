@@ -40,7 +40,10 @@ TARGETS = {
     ),
     "CUDA": Target(
         source="vq_cuda.cu",
-        headers=("vq.h",),
+        headers=(
+            "vq.h", "vq_cuda_device.cuh", "vq_cuda_codebook.cuh", "vq_cuda_filter.cuh", "vq_cuda_refine.cuh", "vq_cuda_statistics.cuh",
+            "vq_cuda_ops.h",
+        ),
         # Machine code for A100 and H100, and PTX from which the driver compiles for what comes later.
         flags=(
             "-O3", "-Xcompiler=-fPIC", "-shared", "-DUSE_CUDA", *_STABLE,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import ops
 
+MOST_CODES, MOST_NUMBERS = 65_536, 1024
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -24,8 +25,7 @@ def vq_lookup(latents: Tensor, codebook: Tensor, dtype: torch.dtype = torch.int6
         latents: fp32, bf16 or fp16 [N, D], in any memory layout.
         codebook: fp32, bf16 or fp16 [K, D] on the same device.
         dtype: integer type of the codes.
-        mark_bad: give latents that hold NaN or infinity the code -1 instead of raising an error. On a GPU this also saves waiting
-            for the result.
+        mark_bad: give latents that hold NaN or infinity the code -1 instead of raising an error.
 
     Returns:
         codes [N] of type `dtype`.
@@ -86,7 +86,7 @@ def _check(latents: Tensor, codebook: Tensor, dtype: torch.dtype) -> None:
         raise ValueError(f"latents are {latents.dtype} and the codebook is {codebook.dtype}; expected float32, bfloat16 or float16")
     if latents.device != codebook.device:
         raise ValueError(f"latents are on {latents.device} and the codebook is on {codebook.device}; expected one device")
-    if len(codebook) == 0 or codebook.shape[1] == 0:
-        raise ValueError(f"the codebook is {list(codebook.shape)}; it needs at least one row of at least one number")
+    if not 1 <= len(codebook) <= MOST_CODES or not 1 <= codebook.shape[1] <= MOST_NUMBERS:
+        raise ValueError(f"the codebook is {list(codebook.shape)}; it can have 1 to {MOST_CODES} rows of 1 to {MOST_NUMBERS} numbers")
     if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool or torch.iinfo(dtype).max < len(codebook) - 1:
         raise ValueError(f"codes of type {dtype} cannot name {len(codebook)} codebook rows; use an integer type that can: torch.int64")

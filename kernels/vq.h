@@ -8,6 +8,12 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __CUDACC__
+#define T2V_HOST_DEVICE __host__ __device__
+#else
+#define T2V_HOST_DEVICE
+#endif
+
 namespace t2v {
 
 // The sum of products of fp32 numbers as an integer multiple of 2^-352. A product is a double without rounding (48 bits, between 2^-298
@@ -15,10 +21,12 @@ namespace t2v {
 // 64 bits and carries are only moved at the end.
 class ExactSum {
  public:
-  void add(double product, bool subtract) {
+  static constexpr int kDigits = 22;
+
+  T2V_HOST_DEVICE void add(double product, bool subtract) {
     if (product == 0) return;
     uint64_t bits;
-    std::memcpy(&bits, &product, sizeof bits);
+    memcpy(&bits, &product, sizeof bits);
     const int exponent = static_cast<int>((bits >> 52) & 0x7FF);  // never 0: a product is far above the subnormal doubles
     const uint64_t mantissa = (bits & ((uint64_t{1} << 52) - 1)) | (uint64_t{1} << 52);
     const int position = exponent - 1075 + 352;  // of the mantissa's last bit
@@ -28,7 +36,18 @@ class ExactSum {
     for (int i = 0; i < 3; ++i) digits_[digit + i] += sign * static_cast<int64_t>(static_cast<uint32_t>(wide >> (32 * i)));
   }
 
-  int sign() const {
+  // The terms of |x - a|^2 - |x - b|^2 that one coordinate gives: a^2 - b^2 - 2xa + 2xb.
+  T2V_HOST_DEVICE void add_difference(double x, double a, double b) {
+    add(a * a, false);
+    add(b * b, true);
+    add(2 * (x * a), true);
+    add(2 * (x * b), false);
+  }
+
+  // Sums that several threads hold are added digit by digit.
+  T2V_HOST_DEVICE int64_t& digit(int i) { return digits_[i]; }
+
+  T2V_HOST_DEVICE int sign() const {
     int64_t carry = 0;
     bool any = false;
     for (int i = 0; i < kDigits; ++i) {
@@ -40,7 +59,6 @@ class ExactSum {
   }
 
  private:
-  static constexpr int kDigits = 22;
   int64_t digits_[kDigits] = {};
 };
 
@@ -49,11 +67,7 @@ inline int compare_distances(const float* x, const float* a, const float* b, int
   ExactSum sum;
   for (int64_t d = 0; d < dim; ++d) {
     if (a[d] == b[d]) continue;
-    const double xd = x[d], ad = a[d], bd = b[d];
-    sum.add(ad * ad, false);
-    sum.add(bd * bd, true);
-    sum.add(2 * (xd * ad), true);
-    sum.add(2 * (xd * bd), false);
+    sum.add_difference(x[d], a[d], b[d]);
   }
   return sum.sign();
 }
