@@ -96,6 +96,9 @@ def _tokenize(config: TokenizeConfig, _: argparse.Namespace) -> None:
     from t2v_ds.tokenize import tokenize
 
     manifest = tokenize(config)
+    if manifest is None:
+        print(f"{config.out}: part {config.part} is done; shards of other parts are missing")
+        return
     print(f"{config.out}: {manifest.total_clips} clips, {manifest.total_frames} frames, tokenizer {manifest.tokenizer_id}")
 
 

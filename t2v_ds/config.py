@@ -324,10 +324,14 @@ class TokenizeConfig:
     data: str = ""
     tokenizer: str = ""
     out: str = ""
+    part: str = ""  # "2/10": only every tenth shard, from the second on, beside nine others; whichever ends last writes the manifest
     batch_frames: int = 64  # frames encoded at once
     precision: str = "fp32"  # "bf16" or "fp32"
 
     def __post_init__(self) -> None:
+        number, _, parts = self.part.partition("/")
+        fits = not self.part or (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts))
+        require(fits, "part", self.part, "PART/PARTS, such as 2/10, or nothing")
         require(self.batch_frames >= 1, "batch_frames", self.batch_frames, ">= 1")
         require(self.precision in ("bf16", "fp32"), "precision", self.precision, "'bf16' or 'fp32'")
 

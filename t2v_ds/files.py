@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import socket
 from pathlib import Path
 
 
@@ -17,6 +18,19 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     rename_durably(temporary, path)
+
+
+def create_once(path: Path, data: bytes) -> bool:
+    """Write a file that is not there yet, whole or not at all; False, and nothing changes, where another process was faster."""
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    temporary.write_bytes(data)
+    try:
+        os.link(temporary, path)  # unlike a renaming, it fails where the name is taken
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink()
+    return True
 
 
 def rename_durably(source: Path, target: Path) -> None:

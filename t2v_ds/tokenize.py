@@ -19,7 +19,7 @@ from t2v_ds.config import TokenizeConfig
 from t2v_ds.data.manifest import MANIFEST, Manifest, ShardInfo
 from t2v_ds.data.shards import ShardDataset, index_path, load_shard_info, token_members, write_shard
 from t2v_ds.errors import ConfigError, DataError
-from t2v_ds.files import write_atomically
+from t2v_ds.files import create_once
 from t2v_ds.models.facade import TOKENIZER_FOLDER, Tokenizer, load_tokenizer, require_same_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -27,10 +27,14 @@ logger = logging.getLogger(__name__)
 CLAIM = ".tokenize.json"  # of what an unfinished folder is made
 
 
-def tokenize(config: TokenizeConfig) -> Manifest:
+def tokenize(config: TokenizeConfig) -> Manifest | None:
     """Encode every clip of `config.data` with the tokenizer of `config.tokenizer` into `config.out`.
 
-    Killed at any instant and called again, it goes on with the first shard that is not whole.
+    Killed at any instant and called again, it goes on with the first shard that is not whole. Several processes, each with another
+    `config.part`, share the work; whichever makes the last shard writes the manifest, so that there is none while one is missing.
+
+    Returns:
+        The manifest; None where shards of other parts are still missing.
 
     Raises:
         ConfigError: a folder is not given, or the image sizes differ.
@@ -54,13 +58,20 @@ def tokenize(config: TokenizeConfig) -> Manifest:
         if (out / MANIFEST).is_file():
             logger.info("%s is tokenized already", out)
             return Manifest.load(out, "tokens")
-        shards = _encode_shards(dataset, tokenizer, out)
+        number, parts = (int(one) for one in (config.part or "1/1").split("/"))
+        _encode_shards(dataset, tokenizer, out, number - 1, parts)
+        paths = [_token_path(out, shard) for shard in dataset.shards]
+        missing = sum(not _is_whole(path) for path in paths)
+        if missing:
+            logger.info("part %s is done; %d of %d shards of other parts are missing", config.part, missing, len(paths))
+            return None
+        shards = [load_shard_info(path) for path in paths]
         model = tokenizer.model.config
         manifest = Manifest.build(
             "tokens", shards, image_size=size, grid_size=model.grid_size, codebook_size=model.quantizer.codebook_size,
             tokenizer_id=tokenizer.tokenizer_id, source=_source(dataset), settings={"precision": config.precision},
         )  # fmt: skip
-        manifest.save(out)
+        create_once(out / MANIFEST, manifest.to_bytes())  # two parts may both find that they were the last
         (out / CLAIM).unlink(missing_ok=True)
         return manifest
 
@@ -83,28 +94,35 @@ def _claim(out: Path, tokenizer: Tokenizer, dataset: ShardDataset, config: Token
         found = {"raw_digest": manifest.source.get("raw_digest"), "precision": manifest.settings.get("precision")}
     elif claim.is_file():
         found = json.loads(claim.read_bytes())
-    elif any(out.glob("tokens-*.tar")):
+    elif any(out.glob("tokens-*.tar")) and not (out / MANIFEST).is_file():  # another part may have finished just now
         raise DataError(f"{out} holds shards but neither {MANIFEST} nor {CLAIM}: choose another --out, or remove it")
-    else:
-        write_atomically(claim, json.dumps(asked).encode())
+    elif create_once(claim, json.dumps(asked).encode()):
         return
+    else:  # another part was faster
+        found = json.loads(claim.read_bytes())
     if found.get("raw_digest") != asked["raw_digest"]:
         raise DataError(f"{out} holds the codes of other data than {config.data}: choose another --out, or remove it")
     if found != asked:
         raise DataError(f"{out} was made with precision={found.get('precision')}: choose another --out than for {config.precision}")
 
 
-def _encode_shards(dataset: ShardDataset, tokenizer: Tokenizer, out: Path) -> list[ShardInfo]:
-    shards = []
-    with tqdm(total=len(dataset), desc="tokenize", unit="clip", dynamic_ncols=True) as progress:
-        for shard, clips in zip(dataset.shards, dataset.shard_ranges, strict=True):
-            path = out / shard.name.replace("raw-", "tokens-")
-            if index_path(path).is_file() and path.is_file():
-                shards.append(load_shard_info(path))
+def _token_path(out: Path, shard: ShardInfo) -> Path:
+    return out / shard.name.replace("raw-", "tokens-")
+
+
+def _is_whole(path: Path) -> bool:
+    return index_path(path).is_file() and path.is_file()
+
+
+def _encode_shards(dataset: ShardDataset, tokenizer: Tokenizer, out: Path, first: int, parts: int) -> None:
+    mine = list(zip(dataset.shards, dataset.shard_ranges, strict=True))[first::parts]
+    with tqdm(total=sum(len(clips) for _, clips in mine), desc="tokenize", unit="clip", dynamic_ncols=True) as progress:
+        for shard, clips in mine:
+            path = _token_path(out, shard)
+            if _is_whole(path):
                 progress.update(len(clips))
-                continue
-            shards.append(write_shard(path, _samples(dataset, tokenizer, clips, progress), shard.chunk))
-    return shards
+            else:
+                write_shard(path, _samples(dataset, tokenizer, clips, progress), shard.chunk)
 
 
 def _samples(dataset: ShardDataset, tokenizer: Tokenizer, clips: range, progress: tqdm[Any]) -> Iterator[tuple[str, dict[str, bytes]]]:

@@ -86,7 +86,11 @@ class Manifest:
 
     def save(self, folder: str | Path) -> None:
         """Write `manifest.json` into `folder`, whole or not at all."""
-        write_atomically(Path(folder) / MANIFEST, (json.dumps(dataclasses.asdict(self), indent=1) + "\n").encode())
+        write_atomically(Path(folder) / MANIFEST, self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """What `manifest.json` holds."""
+        return (json.dumps(dataclasses.asdict(self), indent=1) + "\n").encode()
 
     @classmethod
     def load(cls, folder: str | Path, kind: str | None = None) -> Manifest:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import shutil
+import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,8 +95,15 @@ class Tokenizer:
         others = sorted(path.name for path in inner.iterdir() if path.name not in ours) if inner.is_dir() else []
         if others:
             raise CheckpointError(f"{inner} would be replaced, but holds '{others[0]}': choose another output folder than {folder}")
-        shutil.rmtree(inner, ignore_errors=True)
-        export_tokenizer(inner, self.model.config, self.model.state_dict())
+        made = folder / f".{TOKENIZER_FOLDER}.{socket.gethostname()}.{os.getpid()}.tmp"  # whole before it has its name: others may read it
+        export_tokenizer(made, self.model.config, self.model.state_dict())
+        try:
+            if (inner / CONFIG_FILE).is_file() and load_exported(inner)[0] == load_exported(made)[0]:
+                return  # it is there, or another process has just made it
+            shutil.rmtree(inner, ignore_errors=True)
+            made.rename(inner)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
 
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:
