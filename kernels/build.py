@@ -11,9 +11,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import platform
+import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +58,7 @@ TARGETS = {
 
 def library_name(target: Target) -> str:
     """File name of a target's library, different for different sources, flags and versions of torch."""
-    digest = hashlib.sha256("\0".join((torch.__version__, *target.flags)).encode())
+    digest = hashlib.sha256("\0".join((torch.__version__, platform.machine(), *target.flags)).encode())
     for name in (target.source, *target.headers):
         digest.update((HERE / name).read_bytes())
     return f"{Path(target.source).stem}-{digest.hexdigest()[:16]}.so"
@@ -70,15 +73,15 @@ def find_nvcc() -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
-def compiler_of(device: str) -> str:
-    """The compiler for "CPU" or "CUDA".
+def compiler_of(device: str) -> list[str]:
+    """The command of the compiler for "CPU" or "CUDA".
 
     Raises:
         RuntimeError: there is none.
     """
     if device == "CPU":
-        compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-        if compiler is None:
+        compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("c++") or ""]
+        if not compiler[0]:
             raise RuntimeError("there is no C++ compiler (g++) on the PATH")
         return compiler
     if torch.version.cuda is None:
@@ -86,26 +89,37 @@ def compiler_of(device: str) -> str:
     nvcc = find_nvcc()
     if nvcc is None:
         raise RuntimeError("there is no nvcc: not in CUDA_HOME, /usr/local/cuda or on the PATH")
-    return str(nvcc)
+    return [str(nvcc)]
 
 
 def compile_library(device: str, library: Path) -> None:
-    """Compile the sources for "CPU" or "CUDA" into `library`.
+    """Compile the sources for "CPU" or "CUDA" into `library`, which appears whole or not at all.
 
     Raises:
         RuntimeError: there is no compiler, or it reports an error (with its first line).
-        OSError: the compiler cannot be started.
+        OSError: the compiler cannot be started, or the folder not be written.
     """
     compiler, target = compiler_of(device), TARGETS[device]
     root = Path(torch.__file__).parent
-    command = [compiler, *target.flags, f"-I{root / 'include'}", "-o", str(library), str(HERE / target.source), f"-L{root / 'lib'}"]
-    command += ["-ltorch", "-ltorch_cpu", "-lc10"]
-    if device == "CUDA":
-        command += ["-ltorch_cuda", "-lc10_cuda"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no message"]
-        raise RuntimeError(f"{compiler} failed: {lines[0]}")
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as temporary:
+        made = Path(temporary) / library.name
+        command = [*compiler, *target.flags, f"-I{root / 'include'}", "-o", str(made), str(HERE / target.source), f"-L{root / 'lib'}"]
+        done = subprocess.run([*command, "-ltorch", "-ltorch_cpu", "-lc10"], capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no message"]
+            raise RuntimeError(f"{compiler[0]} failed: {lines[0]}")
+        with made.open("ab") as file:  # behind what the loader reads: a library that was cut would kill the process
+            file.write(hashlib.sha256(made.read_bytes()).digest())
+        os.replace(made, library)
+
+
+def is_whole(library: Path) -> bool:
+    """Whether a library is there as `compile_library` left it."""
+    if not library.is_file():
+        return False
+    data = library.read_bytes()
+    return hashlib.sha256(data[:-32]).digest() == data[-32:]
 
 
 def main() -> None:

@@ -35,6 +35,8 @@ def vq_lookup(latents: Tensor, codebook: Tensor, dtype: torch.dtype = torch.int6
             a RuntimeError with the same words in a compiled graph).
     """
     _check(latents, codebook, dtype)
+    if mark_bad and not dtype.is_signed:
+        raise ValueError(f"codes of type {dtype} cannot be -1, as mark_bad=True asks; use a signed type: torch.int64")
     ops.ready()
     codes: Tensor = _call(torch.ops.t2v_vq.lookup, latents.detach().contiguous(), _plain(codebook), mark_bad)
     return codes.to(dtype)

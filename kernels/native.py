@@ -1,7 +1,7 @@
 """Finds or compiles the operators `torch.ops.t2v_vq` and loads them.
 
     built with the package (setup.py)  -> load
-    else: sources, flags, torch's version -> a name -> in the cache: load; else compile -> temporary folder -> rename -> load
+    else: sources, flags, torch's version -> a name -> in the cache: load; else compile into it -> load
 
 The CPU's library holds code for every kind of processor and chooses when it runs, so that a cache that nodes share serves them
 all. The GPU's is compiled where torch sees a GPU and nvcc is found. Ranks that start together may each compile; the renaming
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -52,26 +51,29 @@ def _load(device: str) -> str:
 
 
 def find_library(device: str) -> Path | None:
-    """The compiled library of these sources for "CPU" or "CUDA", as installed or as cached; None if there is none."""
+    """The compiled library of these sources for "CPU" or "CUDA", as installed or as cached; None if there is none that is whole."""
     name = build.library_name(build.TARGETS[device])
-    return next((library for library in (build.HERE / name, _cache() / name) if library.is_file()), None)
+    if build.is_whole(build.HERE / name):
+        return build.HERE / name
+    cached = _cache() / name
+    return cached if build.is_whole(cached) else None
 
 
 def _cache() -> Path:
+    """The user's cache.
+
+    Raises:
+        RuntimeError: this process has no home folder.
+    """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "t2v_ds"
 
 
 def _library(device: str) -> Path:
-    """The library for a device, compiled now if need be; it appears whole or not at all."""
+    """The library for a device, compiled now if need be."""
     library = find_library(device)
-    if library is not None:
-        return library
-    build.compiler_of(device)  # before anything is written
-    library = _cache() / build.library_name(build.TARGETS[device])
-    library.parent.mkdir(parents=True, exist_ok=True)
-    logger.info("compiling %s (once)", build.TARGETS[device].source)
-    with tempfile.TemporaryDirectory(dir=library.parent) as temporary:
-        made = Path(temporary) / library.name
-        build.compile_library(device, made)
-        os.replace(made, library)
+    if library is None:
+        build.compiler_of(device)  # before anything is written
+        library = _cache() / build.library_name(build.TARGETS[device])
+        logger.info("compiling %s (once)", build.TARGETS[device].source)
+        build.compile_library(device, library)
     return library

@@ -8,6 +8,7 @@ Either way `torch.compile(fullgraph=True)`, autograd and `torch.library.opcheck`
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -20,13 +21,15 @@ _SCHEMAS = (
     "assign(Tensor latents, Tensor codebook, bool deterministic) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 _libraries: list[torch.library.Library] = []  # registrations last as long as these
+_lock = threading.Lock()
 
 
 @torch.compiler.assume_constant_result
 def ready() -> bool:
     """Define the operators, if that has not been done; the first call may compile them (seconds)."""
-    if not _libraries:
-        _define()
+    with _lock:
+        if not _libraries:
+            _define()
     return True
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,12 +126,25 @@ def _distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 @contextmanager
 def _full_fp32() -> Iterator[None]:
     """Keep TF32 and bf16 shortcuts out of fp32 matrix products, whatever the process has chosen elsewhere."""
-    before = torch.get_float32_matmul_precision()
-    if before == "highest":
+    backends: Any = torch.backends  # typed without all that it has
+    places = (backends.cuda.matmul, backends.mkldnn.matmul)
+    try:
+        legacy = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the process uses torch's newer settings
+        before = [place.fp32_precision for place in places]
+        for place in places:
+            place.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            for place, precision in zip(places, before, strict=True):
+                place.fp32_precision = precision
+        return
+    if legacy == "highest":
         yield
         return
     torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(legacy)

@@ -35,6 +35,8 @@ constexpr std::string_view kPathNames[] = {"portable", "avx2", "avx512", "bf16",
 // The fastest path that this processor has; the environment's T2V_VQ_CPU=portable|avx2|avx512|bf16|amx asks for a lesser one.
 Path best_path() {
   const char* wanted = std::getenv("T2V_VQ_CPU");
+  if (wanted != nullptr && std::find(std::begin(kPathNames), std::end(kPathNames), wanted) == std::end(kPathNames))
+    throw std::runtime_error(std::string("T2V_VQ_CPU is '") + wanted + "'; it can be portable, avx2, avx512, bf16 or amx");
   const auto least = [&](Path path) {
     for (int i = 0; wanted != nullptr && i < 5; ++i)
       if (kPathNames[i] == wanted) return std::min(path, static_cast<Path>(i));
@@ -113,6 +115,7 @@ void gather(const Codebook& book, const int64_t* codes, int64_t count, float* qu
 
 template <class Book, class Work>
 int64_t lookup_range(const Book& book, const Way<Book, Work>& way, const Latents& latents, int64_t begin, int64_t end, const Results& results) {
+  const KeepSubnormals keep;
   Work work(book);
   std::vector<float> converted;
   int64_t looked_at = 0;
@@ -132,9 +135,11 @@ int64_t lookup_range(const Book& book, const Way<Book, Work>& way, const Latents
 template <class Book, class Work>
 int64_t lookup_with(Precision precision, bool last, const Way<Book, Work>& way, const float* rows, int64_t size, const Latents& latents,
                     int64_t begin, const Results& results) {
+  const KeepSubnormals keep;
   Book book(rows, size, latents.dim, precision);
   std::vector<double> norms(book.parts, 0.0), errors(book.parts, 0.0);
   parallel_for(0, book.parts, 8, [&](int64_t from, int64_t to) {
+    const KeepSubnormals keep;
     for (int64_t part = from; part < to; ++part) way.pack(book, part, norms[part], errors[part]);
   });
   book.largest_norm = *std::max_element(norms.begin(), norms.end());
@@ -185,6 +190,7 @@ void sum_latents(const Latents& latents, int64_t size, const int64_t* codes, flo
   const int64_t dim = latents.dim, threads = torch::stable::get_num_threads();
   const int64_t columns = ((dim + threads - 1) / threads + kLanes - 1) / kLanes * kLanes;  // of a task
   parallel_for(0, (dim + columns - 1) / columns, 1, [&](int64_t begin, int64_t end) {
+    const KeepSubnormals keep;
     std::vector<float> converted;
     for (int64_t part = begin; part < end; ++part) {
       const int64_t first = part * columns, width = std::min(columns, dim - first);

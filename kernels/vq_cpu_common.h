@@ -10,6 +10,10 @@
 #include <new>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "vq.h"
 
 namespace t2v {
@@ -43,6 +47,19 @@ struct Aligned {  // 64 bytes
   Aligned(const Aligned&) = delete;
   ~Aligned() { std::free(data); }
   T* data;
+};
+
+// While it lives, this thread's arithmetic keeps subnormal numbers, whatever torch.set_flush_denormal says: what is exact depends on it.
+class KeepSubnormals {
+#if defined(__x86_64__)
+ public:
+  KeepSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ & ~0x8040u); }
+  ~KeepSubnormals() { _mm_setcsr(before_); }
+  KeepSubnormals(const KeepSubnormals&) = delete;
+
+ private:
+  unsigned before_;
+#endif
 };
 
 // How numbers are rounded for the filter.
@@ -82,8 +99,8 @@ struct Codebook {
   // `terms` bounds the sum of the magnitudes of a score's terms.
   double error_bound(double norm, double residual, double& terms) const {
     const double seen = norm + residual, code = largest_norm + largest_error;
-    terms = 0.5 * largest_norm * largest_norm + seen * code * (precision == Precision::kSplitBf16 ? 1.01 : 1.0);
-    const double dropped = precision == Precision::kSplitBf16 ? 0x1.02p-18 * seen * code : 0;  // low times low
+    terms = 0.5 * largest_norm * largest_norm + seen * code * (precision == Precision::kSplitBf16 ? 1.02 : 1.0);
+    const double dropped = precision == Precision::kSplitBf16 ? 0x1.04p-16 * seen * code : 0;  // low times low: each at most 2^-8 of its number
     return (residual * largest_norm + seen * largest_error + dropped + (depth + 4) * 0x1p-23 * terms + 1e-32 * (1 + seen)) * (1 + 1e-6);
   }
 
@@ -146,7 +163,9 @@ class NearestWide {
     if (code_ >= 0) {
       if (distance > distance_ * slack_) return;
       if (distance * slack_ >= distance_) {  // too close to tell in double
-        const int order = compare_distances(x_, book_.rows + code * book_.dim, book_.rows + code_ * book_.dim, book_.dim);
+        const float *row = book_.rows + code * book_.dim, *best = book_.rows + code_ * book_.dim;
+        const bool same = std::memcmp(row, best, book_.dim * sizeof(float)) == 0;
+        const int order = same ? 0 : compare_distances(x_, row, best, book_.dim);
         if (order > 0 || (order == 0 && code > code_)) return;
       }
     }

@@ -207,8 +207,9 @@ def _report(config: MergeConfig, run: VQVAERunConfig, threads: list[Thread], mis
     clips: dict[str, list[np.ndarray]] = {}
     for chunk in Manifest.load(config.data, "raw").chunks:
         with ShardDataset(config.data, "raw", chunk["chunk"]) as dataset:
-            numbers = split(dataset, run.held_out)[1 if run.held_out else 0]
-            some = numbers[np.unique(np.linspace(0, len(numbers) - 1, config.measured_clips).astype(int))] if len(numbers) else numbers
+            trained, held_out = split(dataset, run.held_out)
+            numbers = held_out if len(held_out) else trained  # a small chunk may have none to hold out
+            some = numbers[np.unique(np.linspace(0, len(numbers) - 1, config.measured_clips).astype(int))]
             clips[f"chunk {chunk['chunk']}"] = [dataset.read(int(i))["frames"].copy() for i in some]
     table = {name: {chunk: measure(tokenizer, clips[chunk], network) for chunk in clips} for name, tokenizer in models.items()}
     write_forgetting_report(out, table, bool(run.held_out), missing)

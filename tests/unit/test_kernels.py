@@ -187,6 +187,39 @@ def test_where_rounding_leaves_much_undecided(kind: str, path: str) -> None:
         assert torch.equal(vq_lookup(latents, codebook), reference.lookup(latents, codebook))
 
 
+@pytest.mark.parametrize("d", [2, 4, 8, 9, 16, 33, 64])
+@pytest.mark.parametrize("scale", [1, 2, 1024])
+def test_products_of_what_bf16_cuts_off(d: int, scale: int, path: str) -> None:
+    """All numbers are rounded by nearly half a unit of bf16, in ways whose products add up: what split bf16 drops is as large as can be."""
+    v, w = 1 + 2.0**-8 - 2.0**-20, 1 + 2.0**-8 + 2.0**-20  # as bf16: 1, cut off +2^-8; 1 + 2^-7, cut off -2^-8
+    x, a, b = ([Fraction(one)] * (d - 1) for one in (scale * v, v, w))
+    for k in range(1, 4000):  # the last coordinate makes a the nearer one by a hair
+        last = Fraction(float(torch.tensor(k * 2.0**-22).bfloat16()))
+        nearer = sum((p - q) ** 2 for p, q in zip([*x, scale], [*a, last], strict=True))
+        if nearer < sum((p - q) ** 2 for p, q in zip([*x, scale], [*b, 0], strict=True)):
+            break
+    rows = torch.tensor([[*map(float, a), float(last)], [*map(float, b), 0.0]])
+    codebook = torch.cat([rows, -rows])
+    latents = torch.tensor([[*map(float, x), float(scale)]]).repeat(600, 1)  # enough for the second precision
+    assert (vq_lookup(latents, codebook) == 0).all()
+
+
+@pytest.mark.parametrize("name", ["portable", "avx2", "avx512", "bf16", "amx"])
+def test_subnormal_numbers_count_whatever_torch_flushes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("T2V_VQ_CPU", name)
+    problems = [(0.0 + KINDS["denormal"](300, 130, 8, 0)[0], KINDS["denormal"](300, 130, 8, 0)[1])]
+    problems += [(torch.tensor([[0.0, 1, 1, 1]]), torch.tensor([[1e-40, 1, 1, 1], [0, 1, 1, 1]]))]
+    problems += [(gaussian(400, 64, 8, 1)[0] * 2.0**-125, gaussian(400, 64, 8, 1)[1] * 2.0**-125)]
+    for latents, codebook in problems:
+        expected = vq_lookup(latents, codebook)
+        try:
+            assert torch.set_flush_denormal(True)
+            found = vq_lookup(latents, codebook)
+        finally:
+            torch.set_flush_denormal(False)
+        assert torch.equal(found, expected)
+
+
 def test_many_latents(path: str) -> None:
     latents, codebook = clusters(5000, 700, 24, 0)
     codes, quantized, counts, sums = vq_assign(latents, codebook)
@@ -268,6 +301,8 @@ def test_types_and_shapes_are_checked() -> None:
     latents, codebook = gaussian(10, 300, 4, 0)
     assert vq_lookup(latents.bfloat16(), codebook, torch.int16).dtype == torch.int16
     assert torch.equal(vq_lookup(latents, codebook, torch.int32).long(), vq_lookup(latents, codebook))
+    with pytest.raises(ValueError, match="uint16 cannot be -1, as mark_bad=True asks"):
+        vq_lookup(latents, codebook, torch.uint16, mark_bad=True)
     with pytest.raises(ValueError, match="uint8 cannot name 300"):
         vq_lookup(latents, codebook, torch.uint8)
     with pytest.raises(ValueError, match=r"\[10, 4\] and the codebook is \[300, 3\]"):
@@ -279,6 +314,38 @@ def test_types_and_shapes_are_checked() -> None:
             vq_lookup(torch.zeros(2, shape[1]), torch.zeros(shape))
     with pytest.raises(ValueError, match="one device"):
         vq_lookup(latents, codebook.to("meta"))
+
+
+def test_an_unknown_path_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("T2V_VQ_CPU", "AVX2")
+    with pytest.raises(RuntimeError, match="T2V_VQ_CPU is 'AVX2'; it can be portable, avx2, avx512, bf16 or amx"):
+        vq_lookup(*gaussian(3, 4, 5, 0))
+
+
+def test_a_cut_library_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    name = build.library_name(build.TARGETS["CPU"])
+    whole = native._library("CPU")
+    assert native._library("CPU") == whole
+    if whole.parent != build.HERE:
+        content = whole.read_bytes()
+        for damaged in (content[:60_000], b"", content[:1000] + b"x" + content[1001:]):
+            whole.write_bytes(damaged)
+            assert native.find_library("CPU") is None
+        assert native._library("CPU").read_bytes() == content
+        assert [path.name for path in whole.parent.iterdir()] == [name]
+
+
+def test_the_reference_keeps_fp32_whatever_api_has_set_the_precision() -> None:
+    program = (
+        "import torch; from t2v_ds.kernels import vq_lookup; torch.backends.mkldnn.matmul.fp32_precision = 'bf16'; "
+        "g = torch.Generator().manual_seed(0); x, c = torch.randn(500, 32, generator=g), torch.randn(300, 32, generator=g); "
+        "codes = vq_lookup(x, c); assert torch.equal(codes, torch.cdist(x.double(), c.double()).argmin(1)); "
+        "assert torch.backends.mkldnn.matmul.fp32_precision == 'bf16'"
+    )
+    environment = {**os.environ, "T2V_VQ": "reference"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_without_a_compiler_or_with_a_broken_one_there_is_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
