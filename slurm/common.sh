@@ -1,5 +1,19 @@
 # Shared by the batch scripts; sourced by bash with `set -euo pipefail`.
 
+# What a job of the pipeline knows: T2V_CLUSTER and T2V_SETTINGS name the files, T2V_OUT the folder; the job's folder is the one it was
+# submitted from.
+t2v_job() {
+    source "$T2V_CLUSTER"
+    source "$T2V_SETTINGS"
+    cd "$SLURM_SUBMIT_DIR"
+    set +u  # activation scripts read what is not set
+    setup
+    set -u
+    T2V_COMMAND=("${CONTAINER[@]}" "${T2V:-t2v}")
+    echo "job ${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}, restart ${SLURM_RESTART_COUNT:-0}," \
+        "on $SLURM_JOB_NODELIST, $(date '+%F %T')"
+}
+
 # Where the first rank listens. The job's number keeps two jobs on one node apart.
 # t2v reads SLURM's variables itself (one task a rank); these two only make its choice visible and the same for all.
 t2v_rendezvous() {
@@ -45,5 +59,21 @@ t2v_step() {
         wait "$step" 2>/dev/null || status=$?
     fi
     trap - USR1
+    return "$status"
+}
+
+# Train: `t2v_train RUN t2v train-... --out RUN ...`, one task a rank. Stopped by a signal before RUN/DONE is there, the job goes back into
+# the queue, and goes on from the checkpoint.
+t2v_train() {
+    local out=$1 status=0
+    shift
+    t2v_rendezvous
+    t2v_step srun --kill-on-bad-exit=1 --label "$@" || status=$?
+    if [ "$T2V_STOPPED" = 1 ] && [ "$status" -eq 0 ] && [ ! -e "$out/DONE" ]; then
+        echo "stopped after a checkpoint: back into the queue"
+        # An element of an array by its place in it: the number of the last one is the whole array's.
+        scontrol requeue "${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"
+        sleep 60  # the requeueing ends this job; should it be slow, the job must not end as finished first
+    fi
     return "$status"
 }

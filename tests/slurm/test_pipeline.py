@@ -1,0 +1,155 @@
+"""slurm/pipeline.sh on a real cluster of four nodes on this machine: undisturbed, and through failures, to the same files."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT, environment
+
+CLUSTER = Path(__file__).parent / "local_slurm"
+PIPELINE = ROOT / "slurm" / "pipeline.sh"
+SETTINGS = """
+CHUNKS=4
+PREPARE=(--source moving-shapes clips=80 chunk_clips=20 shard_clips=10 image_size=16 min_frames=4 max_frames=6 workers=1)
+VQVAE=(
+    model.image_size=16 model.stem_channels=8 'model.channel_multipliers=[1,2]' 'model.residual_blocks=[0,1]' model.norm_groups=8
+    model.quantizer.codebook_size=32 model.quantizer.codebook_dim=8 losses.perceptual=0 losses.ssim=0 frames_per_clip=1
+    train.batch=4 train.warmup_steps=2 train.precision=fp32 held_out=0.2 train.save_every=20 train.log_every=5
+)
+START=(train.steps=8 balance=true model.quantizer.warmup_steps=3)
+THREAD=(train.steps=400)
+MERGE=(steps=8)
+TOKENIZE=()
+TRANSFORMER=(
+    model.width=16 model.layers=1 model.heads=2 model.max_frames=6 model.group=2 text.tokens=14 text.width=8
+    train.steps=200 train.batch=4 train.warmup_steps=2 train.precision=fp32 train.save_every=20 train.log_every=5
+)
+PROMPTS=("a large red circle moves right slowly")
+"""
+# Element 1 fails the first time that it runs; jobs do not read this repository's environment.
+CLUSTER_ENV = """
+source "{root}/slurm/cluster.env"
+TOKENIZE_PARTS=2
+CPUS_PER_RANK=1
+setup() {{
+    if [ "${{SLURM_ARRAY_TASK_ID:-}}" = 1 ] && [[ $SLURM_JOB_NAME == *thread ]] && [ -e "{flag}" ]; then
+        rm "{flag}"
+        echo "this element fails once"
+        exit 7
+    fi
+}}
+"""
+
+
+class Slurm:
+    """The cluster, and what is asked of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.env = environment(LOCAL_SLURM_DIR=str(folder / "slurm"), XDG_CACHE_HOME=str(Path.home() / ".cache"))
+        self.call(str(CLUSTER), "up", "-n", "4", "-c", "2", "-g", "0")
+        self.env["SLURM_CONF"] = str(folder / "slurm/etc/slurm.conf")
+
+    def call(self, *command: str, code: int = 0) -> str:
+        done = subprocess.run(command, env=self.env, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == code, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout + done.stderr
+
+    def pipeline(self, out: Path, *more: str) -> str:
+        return self.call(str(PIPELINE), "--out", str(out), "--settings", str(self.folder / "settings.env"), *more)
+
+    def queue(self) -> list[str]:
+        return self.call("squeue", "--noheader", "--format=%A_%a %j %T %r %N").splitlines()
+
+    def wait(self, until: Callable[[], object], what: str, logs: Path, seconds: float = 240) -> None:
+        end = time.monotonic() + seconds
+        while not until():
+            said = "\n".join(f"== {path.name}\n{path.read_text()[-1500:]}" for path in sorted(logs.glob("*.log")))
+            assert time.monotonic() < end, f"{what} did not come\n{self.queue()}\n{said}"
+            time.sleep(0.5)
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    folder = Path("/tmp") / f"t2v-slurm-{os.getpid()}"  # munge wants a short path
+    folder.mkdir()
+    try:
+        cluster = Slurm(folder)
+        (folder / "settings.env").write_text(SETTINGS)
+        yield cluster
+    finally:
+        subprocess.run([str(CLUSTER), "down"], env={**os.environ, "LOCAL_SLURM_DIR": str(folder / "slurm")}, check=False, timeout=120)
+        subprocess.run(["rm", "-rf", str(folder)], check=False)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(slurm: Slurm) -> Path:
+    out = slurm.folder / "undisturbed"
+    (slurm.folder / "plain.env").write_text(CLUSTER_ENV.format(root=ROOT, flag="/nowhere"))
+    said = slurm.pipeline(out, "--cluster", str(slurm.folder / "plain.env"))
+    assert [line.split()[0] for line in said.splitlines()[:7]] == [
+        "prepare", "vqvae_start", "vqvae_thread", "merge", "tokenize", "transformer", "generate",
+    ]  # fmt: skip
+    slurm.wait(lambda: (out / "sheet.png").exists() and not slurm.queue(), "the pipeline's end", out / "logs")
+    return out
+
+
+def artefacts(out: Path) -> dict[str, bytes]:
+    names = ("tokenizer/model.safetensors", "tokens/manifest.json", "generator/model.safetensors", "generated.gif")
+    return {name: (out / name).read_bytes() for name in names}
+
+
+def test_one_command_makes_everything_and_again_does_nothing(slurm: Slurm, undisturbed: Path) -> None:
+    assert (undisturbed / "generated.gif").read_bytes().startswith(b"GIF8")
+    assert "| merged |" in (undisturbed / "tokenizer/report.md").read_text()
+    log = next((undisturbed / "logs").glob("transformer-*.log")).read_text()
+    assert "rank 0 of 2" in log
+    said = slurm.pipeline(undisturbed, "--cluster", str(slurm.folder / "plain.env"))
+    assert said.count(" finished") == 7
+    assert said.endswith("nothing is left to do\n")
+    assert not slurm.queue()
+
+
+def test_through_failures_to_the_same_files(slurm: Slurm, undisturbed: Path) -> None:
+    out, flag = slurm.folder / "drill", slurm.folder / "fail-once"
+    flag.touch()
+    (slurm.folder / "drill.env").write_text(CLUSTER_ENV.format(root=ROOT, flag=flag))
+    cluster = ("--cluster", str(slurm.folder / "drill.env"))
+    slurm.pipeline(out, *cluster)
+    array = next(line.split()[1] for line in (out / "jobs.txt").read_text().splitlines() if line.startswith("vqvae_thread"))
+
+    # Element 2 is preempted twice in mid-training, element 3 is cancelled, element 1 fails.
+    log = out / f"logs/vqvae_thread-{array}_2.log"
+
+    def said(what: str) -> int:
+        return log.read_text().count(what) if log.exists() else 0
+
+    for number in (1, 2):
+        slurm.wait(lambda: said("rank 0 of 1") == number, "element 2", out / "logs")  # noqa: B023
+        time.sleep(1)
+        slurm.call("scancel", "--batch", "--signal=USR1", f"{array}_2")
+        slurm.wait(lambda: said("back into the queue") == number, "its requeueing", out / "logs")  # noqa: B023
+        if number == 1:
+            slurm.call("scancel", f"{array}_3")
+    slurm.wait(lambda: any("DependencyNeverSatisfied" in line for line in slurm.queue()), "a stage that cannot start", out / "logs")
+    slurm.wait(lambda: (out / "thread-0/DONE").exists() and (out / "thread-2/DONE").exists(), "the other threads", out / "logs")
+    assert not (out / "thread-1/DONE").exists()
+    assert not (out / "tokenizer").exists()
+    slurm.wait(lambda: not any("vqvae_thread" in line for line in slurm.queue()), "the array's end", out / "logs")
+    # The same command mends it.
+    assert "finished" in slurm.pipeline(out, *cluster).splitlines()[0]
+    # A node dies under the transformer.
+    slurm.wait(lambda: list((out / "generator/checkpoints").glob("*")), "a checkpoint of the transformer", out / "logs")
+    nodes = [line.split()[-1] for line in slurm.queue() if "t2v-transformer RUNNING" in line]
+    crashed = slurm.call("scontrol", "show", "hostnames", nodes[0]).split()[-1] if nodes else ""
+    if crashed:
+        slurm.call(str(CLUSTER), "crash", crashed)
+    slurm.wait(lambda: (out / "sheet.png").exists(), "the pipeline's end", out / "logs")
+    assert crashed, "the transformer ended before its node could be crashed: give it more steps"
+    assert artefacts(out) == artefacts(undisturbed)
