@@ -73,7 +73,7 @@ t2v_train() {
         echo "stopped after a checkpoint: back into the queue"
         # An element of an array by its place in it: the number of the last one is the whole array's.
         scontrol requeue "${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"
-        sleep 60  # the requeueing ends this job; should it be slow, the job must not end as finished first
+        sleep 5  # the requeueing ends this job; should it be slow, the job must not end as finished first
     fi
     return "$status"
 }
