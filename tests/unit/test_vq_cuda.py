@@ -106,7 +106,7 @@ def compile_host(folder: Path, edits: dict[str, tuple[str, str]] | None = None) 
             text = text.replace(old, new)
         (folder / source.name).write_text(text)
     library = folder / "vq_cuda_host.so"
-    command = [build.compiler_of("CPU"), "-x", "c++", "-O1", "-std=c++20", "-fPIC", "-shared", "-DT2V_CUDA_SHIM", "-Wall", "-Wextra"]
+    command = [*build.compiler_of("CPU"), "-x", "c++", "-O1", "-std=c++20", "-fPIC", "-shared", "-DT2V_CUDA_SHIM", "-Wall", "-Wextra"]
     command += ["-Werror", "-Wno-unknown-pragmas", "-Wno-unused-parameter", f"-I{ROOT / 'tests/cuda_shim'}", "-o", str(library)]
     done = subprocess.run([*command, str(folder / "vq_cuda.cu")], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -309,7 +309,7 @@ def machine_code(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The library that nvcc makes with the project's flags, and what ptxas says of its kernels."""
     library = tmp_path_factory.mktemp("nvcc") / "vq_cuda.so"
     root = Path(torch.__file__).parent
-    command = [build.compiler_of("CUDA"), *build.TARGETS["CUDA"].flags, "-Xptxas", "-v", f"-I{root / 'include'}", "-o", str(library)]
+    command = [*build.compiler_of("CUDA"), *build.TARGETS["CUDA"].flags, "-Xptxas", "-v", f"-I{root / 'include'}", "-o", str(library)]
     command += [str(ROOT / "kernels/vq_cuda.cu"), f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
