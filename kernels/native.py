@@ -72,7 +72,7 @@ def _library(device: str) -> Path:
     """The library for a device, compiled now if need be."""
     library = find_library(device)
     if library is None:
-        build.compiler_of(device)  # before anything is written
+        build.compiler_of(device)  # before saying that it compiles
         library = _cache() / build.library_name(build.TARGETS[device])
         logger.info("compiling %s (once)", build.TARGETS[device].source)
         build.compile_library(device, library)

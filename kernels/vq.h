@@ -1,7 +1,7 @@
 // Exact comparison of distances between fp32 rows, shared by the implementations of vq_lookup.
 //
-// An implementation filters with fast, bounded arithmetic; whatever the bound cannot decide comes here:
-//   candidates -> distances in double, each within a relative (D + 4) 2^-52 -> those that still tie -> integers, no rounding at all.
+// An implementation filters with fast, bounded arithmetic, and works out distances of the candidates in double, each within a relative
+// (D + 4) 2^-53; those that double cannot tell apart come here: integers, no rounding at all.
 #pragma once
 
 #include <cmath>
@@ -71,50 +71,5 @@ inline int compare_distances(const float* x, const float* a, const float* b, int
   }
   return sum.sign();
 }
-
-// |x - c|^2 in double. All terms are positive and each step rounds by at most 2^-53, so the result is within a relative (D + 4) 2^-53.
-inline double squared_distance(const float* x, const float* c, int64_t dim) {
-  double lanes[8] = {};
-  int64_t d = 0;
-  for (; d + 8 <= dim; d += 8)
-    for (int i = 0; i < 8; ++i) {
-      const double difference = static_cast<double>(x[d + i]) - static_cast<double>(c[d + i]);
-      lanes[i] += difference * difference;
-    }
-  double sum = 0;
-  for (; d < dim; ++d) sum += (static_cast<double>(x[d]) - c[d]) * (static_cast<double>(x[d]) - c[d]);
-  for (double lane : lanes) sum += lane;
-  return sum;
-}
-
-// The nearest of the codes offered, of equally near ones the lowest; codes may come in any order.
-class Nearest {
- public:
-  Nearest(const float* x, const float* codebook, int64_t dim)
-      : x_(x), codebook_(codebook), dim_(dim), slack_(1 + 2.5 * static_cast<double>(dim + 4) * 0x1p-52) {}
-
-  void offer(int64_t code) {
-    const double distance = squared_distance(x_, codebook_ + code * dim_, dim_);
-    if (code_ >= 0) {
-      if (distance > distance_ * slack_) return;
-      if (distance * slack_ >= distance_) {  // too close to tell in double
-        const int order = compare_distances(x_, codebook_ + code * dim_, codebook_ + code_ * dim_, dim_);
-        if (order > 0 || (order == 0 && code > code_)) return;
-      }
-    }
-    code_ = code;
-    distance_ = distance;
-  }
-
-  int64_t code() const { return code_; }
-
- private:
-  const float* x_;
-  const float* codebook_;
-  int64_t dim_;
-  double slack_;
-  int64_t code_ = -1;
-  double distance_ = 0;
-};
 
 }  // namespace t2v

@@ -16,8 +16,10 @@
 #include <string>
 #include <string_view>
 
-#include "vq_cpu_amx.h"
 #include "vq_cpu_vector.h"
+#ifdef T2V_X86
+#include "vq_cpu_amx.h"
+#endif
 
 namespace t2v {
 namespace {
@@ -37,13 +39,13 @@ Path best_path() {
   const char* wanted = std::getenv("T2V_VQ_CPU");
   if (wanted != nullptr && std::find(std::begin(kPathNames), std::end(kPathNames), wanted) == std::end(kPathNames))
     throw std::runtime_error(std::string("T2V_VQ_CPU is '") + wanted + "'; it can be portable, avx2, avx512, bf16 or amx");
+#ifdef T2V_X86
   const auto least = [&](Path path) {
     for (int i = 0; wanted != nullptr && i < 5; ++i)
       if (kPathNames[i] == wanted) return std::min(path, static_cast<Path>(i));
     // Unless asked for: bf16 dot products are twice as fast as fp32 on AMD's processors, and half as fast on Intel's.
     return path == Path::kBf16 && !__builtin_cpu_is("amd") ? Path::kAvx512 : path;
   };
-#ifdef T2V_X86
   static const bool has_amx = amx::available();
   if (has_amx) return least(Path::kAmx);
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
@@ -137,8 +139,8 @@ int64_t lookup_with(Precision precision, bool last, const Way<Book, Work>& way, 
                     int64_t begin, const Results& results) {
   const KeepSubnormals keep;
   Book book(rows, size, latents.dim, precision);
-  std::vector<double> norms(book.parts, 0.0), errors(book.parts, 0.0);
-  parallel_for(0, book.parts, 8, [&](int64_t from, int64_t to) {
+  std::vector<double> norms(book.parts(), 0.0), errors(book.parts(), 0.0);
+  parallel_for(0, book.parts(), 8, [&](int64_t from, int64_t to) {
     const KeepSubnormals keep;
     for (int64_t part = from; part < to; ++part) way.pack(book, part, norms[part], errors[part]);
   });
@@ -156,9 +158,12 @@ int64_t lookup_with(Precision precision, bool last, const Way<Book, Work>& way, 
 
 void lookup(const Latents& latents, const float* rows, int64_t size, const Results& results) {
   using Vector = Way<vector::Book, vector::Work>;
+  const Path path = best_path();
+  Vector fp32{vector::portable::pack, vector::portable::lookup_rows};
   int64_t done = 0;
 #ifdef T2V_X86
-  const Path path = best_path();
+  if (path == Path::kAvx2) fp32 = {vector::avx2::pack, vector::avx2::lookup_rows};
+  if (path >= Path::kAvx512) fp32 = {vector::avx512::pack, vector::avx512::lookup_rows};
   if (path == Path::kAmx) {
     const Way<amx::Book, amx::Work> way{amx::pack, amx::lookup_rows};
     if (latents.dim > amx::kSplitIsFree) done = lookup_with(Precision::kBf16, false, way, rows, size, latents, done, results);
@@ -166,17 +171,8 @@ void lookup(const Latents& latents, const float* rows, int64_t size, const Resul
   }
   if (path == Path::kBf16 && latents.dim >= 32)  // below, bf16 leaves too much undecided
     done = lookup_with(Precision::kBf16, false, Vector{vector::bf16::pack, vector::bf16::lookup_rows}, rows, size, latents, done, results);
-  if (done == latents.count) return;
-  if (path >= Path::kAvx512) {
-    lookup_with(Precision::kFp32, true, Vector{vector::avx512::pack, vector::avx512::lookup_rows}, rows, size, latents, done, results);
-    return;
-  }
-  if (path == Path::kAvx2) {
-    lookup_with(Precision::kFp32, true, Vector{vector::avx2::pack, vector::avx2::lookup_rows}, rows, size, latents, done, results);
-    return;
-  }
 #endif
-  lookup_with(Precision::kFp32, true, Vector{vector::portable::pack, vector::portable::lookup_rows}, rows, size, latents, done, results);
+  if (done < latents.count) lookup_with(Precision::kFp32, true, fp32, rows, size, latents, done, results);
 }
 
 void count_codes(const int64_t* codes, int64_t count, int64_t size, float* counts) {

@@ -36,13 +36,13 @@ struct Book : Codebook {
   Book(const float* rows, int64_t codes, int64_t dim, Precision precision)
       : Codebook(rows, codes, dim, precision, 0),
         products(precision == Precision::kSplitBf16 ? 3 : 1), pairs((dim + 1) / 2), inner(products * pairs), bias_inside(inner % kLanes != 0 && inner % kLanes <= kLanes - 2),
-        steps((inner + (bias_inside ? 2 : 0) + kLanes - 1) / kLanes), tiles((codes + kLanes - 1) / kLanes), parts(tiles), packed(tiles * steps * kTile),
+        steps((inner + (bias_inside ? 2 : 0) + kLanes - 1) / kLanes), tiles((codes + kLanes - 1) / kLanes), packed(tiles * steps * kTile),
         bias(bias_inside ? 1 : tiles * kTile) {
     depth = static_cast<int>(kLanes + 2 + steps);  // 16 additions in each of two chains, their sum, and once a step to the score
     std::memset(packed.data, 0, tiles * steps * kTile * sizeof(uint32_t));
   }
 
-  int64_t parts_to_pack() const { return tiles; }
+  int64_t parts() const { return tiles; }  // that `pack` takes, in any order
 
   uint32_t* at(int64_t code, int64_t pair) { return packed.data + ((code / kLanes * steps + pair / kLanes) * kLanes + code % kLanes) * kLanes + pair % kLanes; }
 
@@ -82,7 +82,7 @@ struct Book : Codebook {
   int64_t products;             // high x high, high x low, low x high
   int64_t pairs, inner;         // pairs of numbers of a code: as given, and as the tiles hold them
   bool bias_inside;             // among the numbers, where there is room; else scores start at it
-  int64_t steps, tiles, parts;  // parts: what `pack` takes, in any order
+  int64_t steps, tiles;
   Aligned<uint32_t> packed;  // [tiles, steps, 16 codes, 16 pairs]
   Aligned<float> bias;       // [tiles, 16 codes, 16 times the same]
 };

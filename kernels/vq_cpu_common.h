@@ -12,6 +12,7 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#define T2V_X86 1
 #endif
 
 #include "vq.h"
@@ -51,7 +52,7 @@ struct Aligned {  // 64 bytes
 
 // While it lives, this thread's arithmetic keeps subnormal numbers, whatever torch.set_flush_denormal says: what is exact depends on it.
 class KeepSubnormals {
-#if defined(__x86_64__)
+#ifdef T2V_X86
  public:
   KeepSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ & ~0x8040u); }
   ~KeepSubnormals() { _mm_setcsr(before_); }
@@ -127,7 +128,7 @@ struct Codebook {
 };
 
 // |x - c|^2 in double, to a relative (D + 4) 2^-53: all terms are positive and each step rounds by at most 2^-53.
-T2V_INLINE double squared_distance_wide(const float* x, const float* c, int64_t dim) {
+T2V_INLINE double squared_distance(const float* x, const float* c, int64_t dim) {
   using Doubles = double __attribute__((vector_size(64)));
   using Floats = float __attribute__((vector_size(32)));
   Doubles sums[4] = {};
@@ -154,12 +155,13 @@ T2V_INLINE double squared_distance_wide(const float* x, const float* c, int64_t 
   return sum;
 }
 
-class NearestWide {
+// The nearest of the codes offered, of equally near ones the lowest; codes may come in any order.
+class Nearest {
  public:
-  T2V_INLINE NearestWide(const float* x, const Codebook& book) : x_(x), book_(book), slack_(1 + 2.5 * static_cast<double>(book.dim + 4) * 0x1p-52) {}
+  T2V_INLINE Nearest(const float* x, const Codebook& book) : x_(x), book_(book), slack_(1 + 2.5 * static_cast<double>(book.dim + 4) * 0x1p-52) {}
 
   T2V_INLINE void offer(int64_t code) {
-    const double distance = squared_distance_wide(x_, book_.rows + code * book_.dim, book_.dim);
+    const double distance = squared_distance(x_, book_.rows + code * book_.dim, book_.dim);
     if (code_ >= 0) {
       if (distance > distance_ * slack_) return;
       if (distance * slack_ >= distance_) {  // too close to tell in double
@@ -223,7 +225,7 @@ struct Candidates {
       keep(threshold);
       if (count == 1) return code[0];
     }
-    NearestWide nearest(x, book);
+    Nearest nearest(x, book);
     const int64_t several = all ? book.codes : count;
     for (int64_t i = 0; i < several; ++i) nearest.offer(all ? i : code[i]);
     looked_at += several;

@@ -3,11 +3,6 @@
 
 #include "vq_cpu_common.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#define T2V_X86 1
-#endif
-
 namespace t2v {
 namespace vector {
 
@@ -19,7 +14,9 @@ using Vector = float __attribute__((vector_size(4 * kLanes)));
 struct Book : Codebook {
   Book(const float* rows, int64_t codes, int64_t dim, Precision precision)
       : Codebook(rows, codes, dim, precision, static_cast<int>(dim)), steps(precision == Precision::kBf16 ? (dim + 1) / 2 : dim),
-        panels((codes + kPanel - 1) / kPanel), parts(panels), bias(panels * kPanel), packed(panels * kPanel * steps) {}
+        panels((codes + kPanel - 1) / kPanel), bias(panels * kPanel), packed(panels * kPanel * steps) {}
+
+  int64_t parts() const { return panels; }  // that `pack` takes, in any order
 
   T2V_INLINE void pack(int64_t panel, double& norm, double& error) {
     std::memset(packed.data + panel * steps * kPanel, 0, steps * kPanel * sizeof(float));
@@ -47,7 +44,7 @@ struct Book : Codebook {
     }
   }
 
-  int64_t steps, panels, parts;  // parts: what `pack` takes, in any order
+  int64_t steps, panels;
   Aligned<float> bias;    // [panels, 32]: -|c|^2/2; of padding: -infinity
   Aligned<float> packed;  // [panels, steps, 32]: a number, or two of bf16
 };

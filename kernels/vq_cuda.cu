@@ -118,7 +118,7 @@ bool suits(const Device& device, const Problem& p) {
 template <class S>
 void launch_with(Problem p, const Device& device, cudaStream_t stream) {
   const int shared = filter_shared_bytes<S>(p.chunks);
-  p.warp_codes = S::kWarpCodes, p.warps_across = S::kWarpsAcross;
+  p.warp_codes = S::kWarpCodes;
   check(cudaFuncSetAttribute(filter_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
   check(cudaFuncSetAttribute(filter_kernel<S>, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
   T2V_LAUNCH(filter_kernel<S>, static_cast<unsigned>(ceil_div(p.rows, S::kRows)), kThreads, shared, stream, p);

@@ -62,7 +62,7 @@ struct Problem {
 
   Status* status;
   uint32_t* list;     // [rows]: the undecided rows
-  int warp_codes, warps_across;  // the classes of codes that the filter tells apart: see class_of
+  int warp_codes;         // consecutive codes of a tile that one warp sees; each of its lanes of four is a class
 };
 
 // The power of two that brings the largest |c - m| into [1, 2), as far as fp32 has it.
@@ -73,22 +73,14 @@ __device__ inline float scale_of(uint32_t largest_bits) {
   return __uint_as_float(static_cast<uint32_t>(127 - exponent) << 23);
 }
 
-// fp16 to nearest, as bits.
-__device__ inline uint16_t to_fp16(float value) {
+// fp16 as bits; to nearest.
 #ifdef T2V_CUDA_SHIM
-  return shim::to_fp16(value);
+using shim::from_fp16;
+using shim::to_fp16;
 #else
-  return __half_as_ushort(__float2half_rn(value));
+__device__ inline uint16_t to_fp16(float value) { return __half_as_ushort(__float2half_rn(value)); }
+__device__ inline float from_fp16(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 #endif
-}
-
-__device__ inline float from_fp16(uint16_t bits) {
-#ifdef T2V_CUDA_SHIM
-  return shim::from_fp16(bits);
-#else
-  return __half2float(__ushort_as_half(bits));
-#endif
-}
 
 __device__ inline float from_bf16(uint16_t bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
 
@@ -128,9 +120,6 @@ __device__ inline void eight_latents(const Problem& p, int64_t row, int column, 
 
 // Where piece `piece` (0 to 3) of 8 numbers lies in a row of 32 of fp16: rows 0 to 7 then cover all banks of shared memory.
 __device__ inline int swizzled(int row, int piece) { return piece ^ ((row >> 1) & 3); }
-
-// A code belongs to the class of the lane (of four) and the warp that see its scores.
-__device__ inline int class_of(const Problem& p, int code) { return (code % kTile) / p.warp_codes * 4 + code % 8 / 2; }
 
 // ---- Instructions. Addresses of shared memory are 32-bit numbers.
 

@@ -10,7 +10,7 @@ namespace t2v {
 
 constexpr int kRefineThreads = 256;
 
-// The nearest of the codes offered, of equally near ones the lowest; as Nearest in vq.h, by a warp whose lanes all hold the same.
+// The nearest of the codes offered, of equally near ones the lowest; as Nearest in vq_cpu_common.h, by a warp whose lanes all hold the same.
 class WarpNearest {
  public:
   __device__ WarpNearest(const Problem& p, int64_t row, int lane)

@@ -63,14 +63,14 @@ fi
 # submit STAGE FINISHED [sbatch options]: unless the file FINISHED is there, submit STAGE after the stage before it.
 after=
 submit() {
-    local stage=$1 finished=$2 id command
+    local stage=$1 finished=$2 id command log=%j
     shift 2
     if [ -e "$finished" ]; then
         printf '%-13s finished (%s)\n' "$stage" "$finished"
         return
     fi
-    command=(sbatch --parsable --export=ALL --job-name="t2v-$stage" --output="$logs/$stage-%j.log")
-    [[ " $* " != *" --array"* ]] || command=(sbatch --parsable --export=ALL --job-name="t2v-$stage" --output="$logs/$stage-%A_%a.log")
+    [[ " $* " != *" --array"* ]] || log=%A_%a
+    command=(sbatch --parsable --export=ALL --job-name="t2v-$stage" --output="$logs/$stage-$log.log")
     [ -z "$PARTITION" ] || command+=(--partition="$PARTITION")
     [ -z "$ACCOUNT" ] || command+=(--account="$ACCOUNT")
     [ -z "$after" ] || command+=(--dependency="afterok:$after")

@@ -295,8 +295,9 @@ def run(arguments: Sequence[str]) -> None:
     for flag in verb.flags:  # settings behind the last value of a flag that takes several
         values = getattr(flags, flag.name)
         if flag.many and values:
-            flags.overrides += [value for value in values if re.match(r"[\w.]+=", value)]
-            setattr(flags, flag.name, [value for value in values if not re.match(r"[\w.]+=", value)])
+            settings = [value for value in values if re.match(r"[\w.]+=", value)]
+            flags.overrides += settings
+            setattr(flags, flag.name, [value for value in values if value not in settings])
     config = None
     if verb.config is not None:
         given = [f"{flag.name}={json.dumps(getattr(flags, flag.name))}" for flag in verb.flags if getattr(flags, flag.name) is not None]

@@ -13,24 +13,34 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write a file under a temporary name, force it to disk, then rename it: readers see all of it or none."""
     # The temporary name is fixed, so one left by a killed run is overwritten by the next and not left for ever.
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    _write_durably(temporary, data)
     rename_durably(temporary, path)
 
 
 def create_once(path: Path, data: bytes) -> bool:
     """Write a file that is not there yet, whole or not at all; False, and nothing changes, where another process was faster."""
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
+    temporary = own_name(path)
+    _write_durably(temporary, data)
     try:
         os.link(temporary, path)  # unlike a renaming, it fails where the name is taken
     except FileExistsError:
         return False
     finally:
         temporary.unlink()
+    sync(path.parent)
     return True
+
+
+def own_name(path: Path) -> Path:
+    """A temporary name beside `path` that no other process uses."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def rename_durably(source: Path, target: Path) -> None:

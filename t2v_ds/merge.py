@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -26,10 +25,8 @@ from torch import Tensor
 from t2v_ds.config import MergeConfig, VQVAERunConfig
 from t2v_ds.config_loader import from_dict
 from t2v_ds.data.manifest import Manifest
-from t2v_ds.data.shards import ShardDataset
-from t2v_ds.data.subset import split
 from t2v_ds.errors import CheckpointError, ConfigError
-from t2v_ds.evaluation.forgetting import MERGED, measure, write_forgetting_report
+from t2v_ds.evaluation.forgetting import MERGED, measure_all, measured_clips, write_forgetting_report
 from t2v_ds.losses import PerceptualDistance
 from t2v_ds.models.exported import load_state
 from t2v_ds.models.facade import Tokenizer, export_tokenizer, load_tokenizer
@@ -52,6 +49,11 @@ class Thread:
     settings: dict[str, Any]  # of the run, without what may differ between threads
     code: str  # names the sources that trained it
     tokenizer: Tokenizer
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """Its weights and codebook."""
+        return dict(self.tokenizer.model.state_dict())
 
 
 def load_thread(folder: str | Path) -> Thread:
@@ -167,7 +169,7 @@ def merge(config: MergeConfig) -> dict[str, float]:
     threads = sorted((load_thread(folder) for folder in config.threads), key=lambda thread: thread.chunk)
     missing = check_threads(threads, [one["chunk"] for one in manifest.chunks], config.allow_missing)
     if collectives.rank == 0:
-        state, moved = average([dict(thread.tokenizer.model.state_dict()) for thread in threads])
+        state, moved = average([thread.state for thread in threads])
         export_tokenizer(out / AVERAGE_FOLDER, threads[0].tokenizer.model.config, state)
         logger.info("averaged %d threads; codes renumbered: %s", len(threads), ", ".join(map(str, moved)))
     collectives.barrier()
@@ -194,7 +196,7 @@ def _cumulative_run(config: MergeConfig, thread: Thread) -> VQVAERunConfig:
 def _report(config: MergeConfig, run: VQVAERunConfig, threads: list[Thread], missing: list[int]) -> None:
     """Measure the threads, the averages and the merged model on held-out clips of every chunk; write report.md and heat_map.png."""
     out = Path(config.out)
-    plain, _ = average([dict(thread.tokenizer.model.state_dict()) for thread in threads], aligned=False)
+    plain, _ = average([thread.state for thread in threads], aligned=False)
     model = VQVAE(run.model)
     load_state(model, plain, "the average")
     models = {f"thread of chunk {thread.chunk}": thread.tokenizer for thread in threads}
@@ -204,12 +206,6 @@ def _report(config: MergeConfig, run: VQVAERunConfig, threads: list[Thread], mis
     models[MERGED] = load_tokenizer(out)
     losses = run.losses
     network = PerceptualDistance(losses.perceptual_network, losses.perceptual_weights) if losses.perceptual else None
-    clips: dict[str, list[np.ndarray]] = {}
-    for chunk in Manifest.load(config.data, "raw").chunks:
-        with ShardDataset(config.data, "raw", chunk["chunk"]) as dataset:
-            trained, held_out = split(dataset, run.held_out)
-            numbers = held_out if len(held_out) else trained  # a small chunk may have none to hold out
-            some = numbers[np.unique(np.linspace(0, len(numbers) - 1, config.measured_clips).astype(int))]
-            clips[f"chunk {chunk['chunk']}"] = [dataset.read(int(i))["frames"].copy() for i in some]
-    table = {name: {chunk: measure(tokenizer, clips[chunk], network) for chunk in clips} for name, tokenizer in models.items()}
-    write_forgetting_report(out, table, bool(run.held_out), missing)
+    names = [f"chunk {one['chunk']}" for one in Manifest.load(config.data, "raw").chunks]
+    clips = dict(zip(names, measured_clips(config.data, run.held_out, config.measured_clips), strict=True))
+    write_forgetting_report(out, measure_all(models, clips, network), bool(run.held_out), missing)

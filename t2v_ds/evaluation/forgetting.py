@@ -14,7 +14,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from t2v_ds.evaluation.reconstruction import psnr
+from t2v_ds.data.manifest import Manifest
+from t2v_ds.data.shards import ShardDataset
+from t2v_ds.data.subset import Selection, split
+from t2v_ds.evaluation.reconstruction import psnr, some_clips
 from t2v_ds.files import write_atomically
 from t2v_ds.generate import write_png
 from t2v_ds.losses import PerceptualDistance, ssim_loss
@@ -66,6 +69,21 @@ def _unit(frames: np.ndarray) -> Tensor:
 
 
 Table = dict[str, dict[str, Quality]]  # model -> chunk -> quality
+
+
+def measured_clips(data: str | Path, held_out: float, most: int) -> list[list[np.ndarray]]:
+    """Up to `most` held-out clips of each chunk of raw shards, or of a chunk that has none, of its others."""
+    clips = []
+    for chunk in Manifest.load(data, "raw").chunks:
+        with ShardDataset(data, "raw", chunk["chunk"]) as dataset:
+            trained, kept = split(dataset, held_out)
+            clips.append(some_clips(Selection(dataset, kept if len(kept) else trained), most))
+    return clips
+
+
+def measure_all(models: dict[str, Tokenizer], clips: dict[str, list[np.ndarray]], perceptual: PerceptualDistance | None = None) -> Table:
+    """Every model on the clips of every chunk."""
+    return {name: {chunk: measure(model, some, perceptual) for chunk, some in clips.items()} for name, model in models.items()}
 
 
 def table_markdown(table: Table, chunks: Sequence[str], what: str, digits: int) -> list[str]:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import shutil
-import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from tqdm import tqdm
 from t2v_ds.config import SamplingConfig, TextConfig, TransformerConfig, VQVAEConfig
 from t2v_ds.config_loader import from_dict, to_dict
 from t2v_ds.errors import CheckpointError, ConfigError
+from t2v_ds.files import own_name
 from t2v_ds.models.exported import CONFIG_FILE, WEIGHTS_FILE, content_id, export_model, load_exported, load_state
 from t2v_ds.models.sampling import sample_codes
 from t2v_ds.models.text import build_text_encoder
@@ -95,11 +94,12 @@ class Tokenizer:
         others = sorted(path.name for path in inner.iterdir() if path.name not in ours) if inner.is_dir() else []
         if others:
             raise CheckpointError(f"{inner} would be replaced, but holds '{others[0]}': choose another output folder than {folder}")
-        made = folder / f".{TOKENIZER_FOLDER}.{socket.gethostname()}.{os.getpid()}.tmp"  # whole before it has its name: others may read it
-        export_tokenizer(made, self.model.config, self.model.state_dict())
+        made = own_name(inner)  # whole before it has its name: others may read it
+        tokenizer_id = export_tokenizer(made, self.model.config, self.model.state_dict())
         try:
-            if (inner / CONFIG_FILE).is_file() and load_exported(inner)[0] == load_exported(made)[0]:
-                return  # it is there, or another process has just made it
+            with contextlib.suppress(CheckpointError):  # nothing that loads
+                if load_exported(inner)[0].get("tokenizer_id") == tokenizer_id:
+                    return  # it is there, or another process has just made it
             shutil.rmtree(inner, ignore_errors=True)
             made.rename(inner)
         finally:

@@ -26,10 +26,8 @@ from t2v_ds.config_loader import load_config
 from t2v_ds.data.manifest import Manifest
 from t2v_ds.data.prepare import prepare
 from t2v_ds.data.shards import ShardDataset, raw_members, write_shard
-from t2v_ds.data.subset import split
-from t2v_ds.evaluation.forgetting import Table, heat_map, measure, table_markdown
+from t2v_ds.evaluation.forgetting import Table, heat_map, measure_all, measured_clips, table_markdown
 from t2v_ds.generate import write_png
-from t2v_ds.losses import PerceptualDistance
 from t2v_ds.merge import average, load_thread
 from t2v_ds.models.facade import export_tokenizer, load_tokenizer
 from t2v_ds.training.run import train_vqvae
@@ -89,7 +87,7 @@ def models(data: Path, root: Path, seed: int, domains: list[str], flags: argpars
     for name, thread in zip(domains, threads, strict=True):
         found[f"thread: {name}"] = thread
     loaded = [load_thread(thread) for thread in threads]
-    states = [dict(thread.tokenizer.model.state_dict()) for thread in loaded]
+    states = [thread.state for thread in loaded]
     for name, aligned in (("average, not aligned", False), ("average, aligned", True)):
         folder = root / name.replace(", ", "-").replace(" ", "-")
         state, moved = average(states, aligned)
@@ -109,17 +107,6 @@ def models(data: Path, root: Path, seed: int, domains: list[str], flags: argpars
     return found
 
 
-def evaluate(data: Path, folders: dict[str, Path], domains: list[str], perceptual: PerceptualDistance | None) -> Table:
-    """Every model on the held-out clips of every chunk."""
-    clips = {}
-    for chunk, name in enumerate(domains):
-        with ShardDataset(data, "raw", chunk) as dataset:
-            clips[name] = [dataset.read(int(i))["frames"].copy() for i in split(dataset, HELD_OUT)[1]]
-    print({name: len(one) for name, one in clips.items()})
-    tokenizers = {model: load_tokenizer(folder) for model, folder in folders.items()}
-    return {model: {name: measure(one, clips[name], perceptual) for name in domains} for model, one in tokenizers.items()}
-
-
 def main() -> None:
     """Train, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -131,10 +118,12 @@ def main() -> None:
     data = flags.out / "data"
     flags.out.mkdir(parents=True, exist_ok=True)
     domains = by_domain(flags.source, data, flags.chunks)
+    clips = dict(zip(domains, measured_clips(data, HELD_OUT, 10**6), strict=True))
+    print({name: len(one) for name, one in clips.items()})
     tables = []
     for seed in range(flags.seeds):
         folders = models(data, flags.out / f"seed-{seed}", seed, domains, flags)
-        tables.append(evaluate(data, folders, domains, None))
+        tables.append(measure_all({model: load_tokenizer(folder) for model, folder in folders.items()}, clips))
     mean: Table = {}
     for model in tables[0]:
         mean[model] = {}

@@ -130,11 +130,14 @@ def test_through_failures_to_the_same_files(slurm: Slurm, undisturbed: Path) -> 
     def said(what: str) -> int:
         return log.read_text().count(what) if log.exists() else 0
 
+    def wait_until_said(what: str, times: int) -> None:
+        slurm.wait(lambda: said(what) == times, f"'{what}' in the log of element 2", out / "logs")
+
     for number in (1, 2):
-        slurm.wait(lambda: said("rank 0 of 1") == number, "element 2", out / "logs")  # noqa: B023
+        wait_until_said("rank 0 of 1", number)
         time.sleep(1)
         slurm.call("scancel", "--batch", "--signal=USR1", f"{array}_2")
-        slurm.wait(lambda: said("back into the queue") == number, "its requeueing", out / "logs")  # noqa: B023
+        wait_until_said("back into the queue", number)
         if number == 1:
             slurm.call("scancel", f"{array}_3")
     slurm.wait(lambda: any("DependencyNeverSatisfied" in line for line in slurm.queue()), "a stage that cannot start", out / "logs")

@@ -172,6 +172,20 @@ def test_a_flipped_byte_of_the_weights_is_noticed(folders: tuple[Path, Path]) ->
         weights.write_bytes(whole)
 
 
+def test_a_copy_beside_is_made_once_and_again_where_it_is_damaged(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    tokenizer, beside = load_tokenizer(folders[0]), tmp_path / "beside"
+    beside.mkdir()
+    tokenizer.export_beside(beside)
+    weights = beside / "tokenizer/model.safetensors"
+    content, made = weights.read_bytes(), weights.stat().st_ino
+    tokenizer.export_beside(beside)
+    assert weights.stat().st_ino == made
+    weights.write_bytes(content[: len(content) // 2])
+    tokenizer.export_beside(beside)
+    assert weights.read_bytes() == content
+    assert [path.name for path in beside.iterdir()] == ["tokenizer"]
+
+
 def test_another_tokenizer_is_refused_by_both_ids(folders: tuple[Path, Path], tmp_path: Path) -> None:
     made_with = json.loads((folders[1] / "config.json").read_text())["tokenizer_id"]
     other = export_tokenizer(tmp_path / "other", VQ, vqvae(seed=5).state_dict())
