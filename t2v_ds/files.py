@@ -23,10 +23,12 @@ def create_once(path: Path, data: bytes) -> bool:
     _write_durably(temporary, data)
     try:
         os.link(temporary, path)  # unlike a renaming, it fails where the name is taken
-    except FileExistsError:
+    except OSError:
+        if not path.exists():
+            raise
         return False
     finally:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
     sync(path.parent)
     return True
 
@@ -34,6 +36,15 @@ def create_once(path: Path, data: bytes) -> bool:
 def own_name(path: Path) -> Path:
     """A temporary name beside `path` that no other process uses."""
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Delete what killed processes left in a folder under temporary names; call where no process writes into it."""
+    for path in folder.glob(".*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _write_durably(path: Path, data: bytes) -> None:

@@ -19,7 +19,7 @@ from t2v_ds.config import TokenizeConfig
 from t2v_ds.data.manifest import MANIFEST, Manifest, ShardInfo
 from t2v_ds.data.shards import ShardDataset, index_path, load_shard_info, token_members, write_shard
 from t2v_ds.errors import ConfigError, DataError
-from t2v_ds.files import create_once
+from t2v_ds.files import create_once, remove_temporaries
 from t2v_ds.models.facade import TOKENIZER_FOLDER, Tokenizer, load_tokenizer, require_same_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ def tokenize(config: TokenizeConfig) -> Manifest | None:
             )
         _claim(out, tokenizer, dataset, config)
         if (out / MANIFEST).is_file():
+            _finish(out)
             logger.info("%s is tokenized already", out)
             return Manifest.load(out, "tokens")
         number, parts = (int(one) for one in (config.part or "1/1").split("/"))
@@ -72,8 +73,14 @@ def tokenize(config: TokenizeConfig) -> Manifest | None:
             tokenizer_id=tokenizer.tokenizer_id, source=_source(dataset), settings={"precision": config.precision},
         )  # fmt: skip
         create_once(out / MANIFEST, manifest.to_bytes())  # two parts may both find that they were the last
-        (out / CLAIM).unlink(missing_ok=True)
+        _finish(out)
         return manifest
+
+
+def _finish(out: Path) -> None:
+    """Remove what only an unfinished folder needs; other parts that still run have nothing left to write."""
+    (out / CLAIM).unlink(missing_ok=True)
+    remove_temporaries(out)
 
 
 def _source(dataset: ShardDataset) -> dict[str, object]:

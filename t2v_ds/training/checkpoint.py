@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from t2v_ds.errors import CheckpointError
-from t2v_ds.files import remove_folder, sync, write_atomically
+from t2v_ds.files import remove_folder, remove_temporaries, sync, write_atomically
 from t2v_ds.training import portable
 from t2v_ds.training.distributed import Collectives
 from t2v_ds.training.engine import Engine
@@ -74,8 +74,7 @@ def remove_leftovers(run: Path) -> None:
     for path in folder.iterdir() if folder.is_dir() else []:
         if path.name.endswith((".partial", ".deleting")):
             shutil.rmtree(path, ignore_errors=True)
-    for path in run.glob(".*.tmp"):  # of `write_atomically`
-        path.unlink(missing_ok=True)
+    remove_temporaries(run)
 
 
 def remove_old(run: Path, keep: int) -> None:

@@ -16,6 +16,13 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def plant_leftovers(folder: Path) -> None:
+    """What a process killed in the middle of its first or last steps leaves behind."""
+    (folder / ".tokenizer.host.1.tmp").mkdir()
+    for name in (".tokenizer.host.1.tmp/model.safetensors", "..tokenize.json.host.1.tmp", ".manifest.json.host.1.tmp"):
+        (folder / name).write_bytes(b"half")
+
+
 def test_parts_at_once_make_what_one_process_makes(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = VQVAEConfig(image_size=16, stem_channels=8, channel_multipliers=(1, 2), residual_blocks=(0, 0), norm_groups=8,
@@ -30,9 +37,14 @@ def test_parts_at_once_make_what_one_process_makes(tmp_path: Path) -> None:
     assert code == 0, output
     assert "shards of other parts are missing" in output
     assert not (tmp_path / "parts/manifest.json").exists()
+    plant_leftovers(tmp_path / "parts")
     results = finish([start([*tokenize, str(tmp_path / "parts"), f"part={part}/4"]) for part in (1, 3, 4, 2)])
     results += finish([start([*tokenize, str(tmp_path / "one")])])
     assert [code for code, _ in results] == [0] * 5, results
+    assert files(tmp_path / "parts") == files(tmp_path / "one")
+    plant_leftovers(tmp_path / "one")  # killed as the last shard was done: run again, it clears up
+    ((code, output),) = finish([start([*tokenize, str(tmp_path / "one")])])
+    assert code == 0 and "tokenized already" in output
     assert files(tmp_path / "parts") == files(tmp_path / "one")
 
 

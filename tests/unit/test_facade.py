@@ -16,7 +16,7 @@ import t2v_ds
 from t2v_ds.config import QuantizerConfig, SamplingConfig, TextConfig, TransformerConfig, VQVAEConfig
 from t2v_ds.errors import CheckpointError, ConfigError
 from t2v_ds.models.exported import export_model
-from t2v_ds.models.facade import Generator, Tokenizer, export_tokenizer, generator_config
+from t2v_ds.models.facade import Generator, Tokenizer, export_tokenizer, generator_config, load_tokenizer
 from t2v_ds.models.text import build_text_encoder
 from t2v_ds.models.transformer import VideoTransformer
 from t2v_ds.models.vqvae import VQVAE, to_pixels
