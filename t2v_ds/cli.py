@@ -51,8 +51,12 @@ class Verb:
 
 
 def _prepare(config: PrepareConfig, _: argparse.Namespace) -> None:
-    from t2v_ds.data.prepare import prepare
+    from t2v_ds.data.prepare import prepare, prepare_part
 
+    if config.part:
+        prepare_part(config)
+        print(f"{config.out}: part {config.part} is done; when all are, run this without part= to write the shards")
+        return
     manifest = prepare(config)
     print(f"{config.out}: {manifest.total_clips} clips, {manifest.total_frames} frames, {len(manifest.shards)} shards")
     for reason, count in sorted(manifest.rejected.items()):

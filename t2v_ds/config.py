@@ -17,6 +17,14 @@ def require(condition: bool, key: str, found: object, allowed: str) -> None:
         raise ConfigError(f"setting '{key}' is {found!r}; allowed: {allowed}")
 
 
+def parse_part(part: str) -> slice:
+    """Which of a list of pieces of work are mine: "2/10" is every tenth, from the second on; an empty part is all."""
+    number, _, parts = part.partition("/")
+    fits = not part or (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts))
+    require(fits, "part", part, "PART/PARTS, such as 2/10, or nothing")
+    return slice(int(number) - 1, None, int(parts)) if part else slice(None)
+
+
 @dataclass
 class DownloadConfig:
     """How clips named by URL are fetched."""
@@ -47,6 +55,7 @@ class PrepareConfig:
     clips: int = 2_000  # how many clips moving-shapes draws
     limit: int = 0  # use only the first rows of the source; 0: all
     workers: int = 0  # processes; 0: one a core
+    part: str = ""  # "2/10": only load every tenth block of rows, from the second on; a run without it then writes the shards
     seed: int = 0
     download: DownloadConfig = field(default_factory=DownloadConfig)
 
@@ -62,6 +71,7 @@ class PrepareConfig:
         require(self.clips >= 1, "clips", self.clips, ">= 1")
         require(self.limit >= 0, "limit", self.limit, ">= 0")
         require(self.workers >= 0, "workers", self.workers, ">= 0")
+        parse_part(self.part)
 
 
 @dataclass
@@ -229,7 +239,7 @@ class MergeConfig:
     threads: tuple[str, ...] = ()
     data: str = ""
     out: str = ""
-    allow_missing: bool = False  # merge although some chunks have no thread
+    allow_missing: bool = False  # merge although some chunks have no finished thread
     compare: tuple[str, ...] = ()  # further tokenizers to measure beside
     steps: int = 0  # of the cumulative training; 0: as many as `epochs` takes
     epochs: float = 1.0
@@ -329,9 +339,7 @@ class TokenizeConfig:
     precision: str = "fp32"  # "bf16" or "fp32"
 
     def __post_init__(self) -> None:
-        number, _, parts = self.part.partition("/")
-        fits = not self.part or (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts))
-        require(fits, "part", self.part, "PART/PARTS, such as 2/10, or nothing")
+        parse_part(self.part)
         require(self.batch_frames >= 1, "batch_frames", self.batch_frames, ">= 1")
         require(self.precision in ("bf16", "fp32"), "precision", self.precision, "'bf16' or 'fp32'")
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from t2v_ds.config import TokenizeConfig
+from t2v_ds.config import TokenizeConfig, parse_part
 from t2v_ds.data.manifest import MANIFEST, Manifest, ShardInfo
 from t2v_ds.data.shards import ShardDataset, index_path, load_shard_info, token_members, write_shard
 from t2v_ds.errors import ConfigError, DataError
@@ -59,8 +59,7 @@ def tokenize(config: TokenizeConfig) -> Manifest | None:
             _finish(out)
             logger.info("%s is tokenized already", out)
             return Manifest.load(out, "tokens")
-        number, parts = (int(one) for one in (config.part or "1/1").split("/"))
-        _encode_shards(dataset, tokenizer, out, number - 1, parts)
+        _encode_shards(dataset, tokenizer, out, parse_part(config.part))
         paths = [_token_path(out, shard) for shard in dataset.shards]
         missing = sum(not _is_whole(path) for path in paths)
         if missing:
@@ -121,8 +120,8 @@ def _is_whole(path: Path) -> bool:
     return index_path(path).is_file() and path.is_file()
 
 
-def _encode_shards(dataset: ShardDataset, tokenizer: Tokenizer, out: Path, first: int, parts: int) -> None:
-    mine = list(zip(dataset.shards, dataset.shard_ranges, strict=True))[first::parts]
+def _encode_shards(dataset: ShardDataset, tokenizer: Tokenizer, out: Path, part: slice) -> None:
+    mine = list(zip(dataset.shards, dataset.shard_ranges, strict=True))[part]
     with tqdm(total=sum(len(clips) for _, clips in mine), desc="tokenize", unit="clip", dynamic_ncols=True) as progress:
         for shard, clips in mine:
             path = _token_path(out, shard)

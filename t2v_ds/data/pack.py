@@ -32,10 +32,21 @@ def block_folder(work: Path, block: int) -> Path:
     return work / f"block-{block:06d}"
 
 
+def blocks_of(rows: int) -> list[range]:
+    """The rows of each block of a source."""
+    return [range(first, min(first + BLOCK_ROWS, rows)) for first in range(0, rows, BLOCK_ROWS)]
+
+
+def is_finished(work: Path, block: int) -> bool:
+    """Is the block there, packed or not?"""
+    return (block_folder(work, block) / RESULT).exists()
+
+
 class Packer:
     """Packs finished blocks, in order, into shards; its whole state is read off the folder when it is made.
 
     Attributes:
+        blocks: the rows of each block.
         results: block -> clips kept, for every finished block.
         front: the first block that is not finished, so that clips behind it cannot be packed yet.
         shards: the finished ones.
@@ -43,8 +54,8 @@ class Packer:
     """
 
     def __init__(self, out: Path, config: PrepareConfig, rows: int) -> None:
-        self.out, self.work, self.config, self.rows = out, out / ".work", config, rows
-        self.blocks = -(-rows // BLOCK_ROWS)
+        self.out, self.work, self.config = out, out / ".work", config
+        self.blocks = blocks_of(rows)
         self.shards: list[ShardInfo] = []
         while index_path(self._shard_path(len(self.shards))).exists():
             try:
@@ -58,19 +69,15 @@ class Packer:
         self._waiting: deque[tuple[int, int]] = deque()  # (block, first clip's number) of finished blocks not fully packed
         self._queued = 0  # clips in the blocks before `front`
         self._remove_lost_blocks()
-        for block in range(self.blocks):
-            if self._is_finished(block):
+        for block in range(len(self.blocks)):
+            if is_finished(self.work, block):
                 self._count(block)
         self._advance()
 
     @property
     def rows_done(self) -> int:
         """Rows in finished blocks."""
-        return sum(len(self.rows_of(block)) for block in self.results)
-
-    def rows_of(self, block: int) -> range:
-        """The rows of the source that make a block."""
-        return range(block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, self.rows))
+        return sum(len(self.blocks[block]) for block in self.results)
 
     def add(self, block: int) -> None:
         """Take in a block that has just been finished, and pack what can be packed."""
@@ -86,7 +93,7 @@ class Packer:
 
     def write_rejected(self) -> None:
         """Write `rejected.jsonl`, in the order of the source."""
-        lines = [json.dumps(one) + "\n" for block in range(self.blocks) for one in self._result(block)["rejected"]]
+        lines = [json.dumps(one) + "\n" for block in range(len(self.blocks)) for one in self._result(block)["rejected"]]
         write_atomically(self.out / REJECTED, "".join(lines).encode())
 
     def _shard_path(self, number: int) -> Path:
@@ -100,14 +107,11 @@ class Packer:
         result: dict[str, Any] = json.loads((block_folder(self.work, block) / RESULT).read_bytes())
         return result
 
-    def _is_finished(self, block: int) -> bool:
-        return (block_folder(self.work, block) / RESULT).exists()
-
     def _remove_lost_blocks(self) -> None:
         """Have those blocks made again that were packed into a shard which is now damaged or gone."""
         first, known = 0, True  # number of the block's first clip, as long as all blocks before it are finished
-        for block in range(self.blocks):
-            if not self._is_finished(block):
+        for block in range(len(self.blocks)):
+            if not is_finished(self.work, block):
                 known = False
                 continue
             kept = int(self._result(block)["kept"])

@@ -31,14 +31,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from t2v_ds.config import PrepareConfig
+from t2v_ds.config import PrepareConfig, parse_part
 from t2v_ds.data.gif import RejectedClip
 from t2v_ds.data.manifest import MANIFEST, Manifest
-from t2v_ds.data.pack import CLIPS, REJECTED, RESULT, Packer, block_folder
+from t2v_ds.data.pack import CLIPS, REJECTED, RESULT, Packer, block_folder, blocks_of, is_finished
 from t2v_ds.data.shards import ShardDataset, raw_members, write_shard
 from t2v_ds.data.sources import Source, open_source
 from t2v_ds.errors import ConfigError, DataError
-from t2v_ds.files import rename_durably, write_atomically
+from t2v_ds.files import create_once, rename_durably, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +49,42 @@ def prepare(config: PrepareConfig) -> Manifest:
     """Prepare `config.source` into the folder `config.out`; continues an interrupted run, and returns at once if done.
 
     Raises:
-        DataError: the source cannot be read, every clip is rejected, or the folder was prepared from another source or
-            with other settings.
+        DataError: the source cannot be read, every clip is rejected, the folder was prepared from another source or
+            with other settings, or another process prepares it.
         ConfigError: no folder was given.
     """
+    with _opened(config, fcntl.LOCK_EX) as (source, rows, identity, done):
+        return done if done is not None else _run(source, config, rows, identity)
+
+
+def prepare_part(config: PrepareConfig) -> None:
+    """Load and check the rows of `config.part`, beside other processes with other parts on any machine; `prepare` then packs them.
+
+    A part that was killed goes on with the blocks that are missing. Raises as `prepare` does.
+    """
+    out = Path(config.out)
+    with _opened(config, fcntl.LOCK_SH) as (source, rows, _, done):
+        if done is not None:
+            return
+        work, blocks = out / ".work", blocks_of(rows)
+        mine = range(len(blocks))[parse_part(config.part)]
+        for stale in (path for block in mine for path in work.glob(f".block-{block:06d}.*")):
+            shutil.rmtree(stale, ignore_errors=True)
+        todo = [block for block in mine if not is_finished(work, block)]
+        total, missing = (sum(len(blocks[block]) for block in some) for some in (mine, todo))
+        with contextlib.ExitStack() as stack:
+            progress = stack.enter_context(_progress(total, total - missing))
+            for block in stack.enter_context(contextlib.closing(_process_blocks(source, config, blocks, todo))):
+                progress.update(len(blocks[block]))
+
+
+def _progress(total: int, done: int) -> tqdm[Any]:
+    return tqdm(total=total, initial=done, unit="clip", desc="prepare", mininterval=0.5)
+
+
+@contextlib.contextmanager
+def _opened(config: PrepareConfig, lock: int) -> Iterator[tuple[Source, int, dict[str, Any], Manifest | None]]:
+    """The source, its number of rows, what decides the result, and the manifest if there is nothing left to do."""
     if not config.out:
         raise ConfigError("setting 'out' is empty; allowed: the folder to write shards to")
     source = open_source(config)
@@ -60,10 +92,9 @@ def prepare(config: PrepareConfig) -> Manifest:
     out = Path(config.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with _locked(out):
+        with _locked(out, lock):
             identity = _identity(source, config)
-            done = _finished(out, identity)
-            return done if done is not None else _run(source, config, rows, identity)
+            yield source, rows, identity, _finished(out, identity)
     except BrokenProcessPool as error:
         raise DataError(
             f"a worker process was killed while preparing {out} (out of memory?): what is finished is kept, "
@@ -74,12 +105,12 @@ def prepare(config: PrepareConfig) -> Manifest:
 
 
 @contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Keep a second `prepare` out of the folder. The lock is on the folder itself: it leaves no file and dies with the process."""
+def _locked(out: Path, lock: int) -> Iterator[None]:
+    """Keep a second `prepare` out of the folder; parts share it. The lock is on the folder: it leaves no file and dies with the process."""
     descriptor = os.open(out, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, lock | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise DataError(f"another process is preparing {out}: wait for it, or choose another folder") from error
         except OSError:  # some network file systems have no locks on folders
@@ -114,7 +145,8 @@ def _finished(out: Path, identity: dict[str, Any]) -> Manifest | None:
         raise DataError(f"{out} holds other files ('{strangers[0]}'): choose a new or empty folder for the shards")
     else:
         (out / ".work").mkdir(exist_ok=True)
-        write_atomically(settings, json.dumps(identity, indent=1).encode())
+        create_once(settings, json.dumps(identity, indent=1).encode())  # parts may begin together
+        _check_identity(out, json.loads(settings.read_bytes()), identity)
     return None
 
 
@@ -133,12 +165,13 @@ def _run(source: Source, config: PrepareConfig, rows: int, identity: dict[str, A
         shutil.rmtree(stale, ignore_errors=True)
     packer = Packer(out, config, rows)
     with contextlib.ExitStack() as stack:
-        progress = stack.enter_context(tqdm(total=rows, initial=packer.rows_done, unit="clip", desc="prepare", mininterval=0.5))
+        progress = stack.enter_context(_progress(rows, packer.rows_done))
+        todo = [block for block in range(len(packer.blocks)) if block not in packer.results]
         # closing(): an error here must end the workers now, not when the generator is collected.
-        blocks = stack.enter_context(contextlib.closing(_process_blocks(source, config, packer)))
+        blocks = stack.enter_context(contextlib.closing(_process_blocks(source, config, packer.blocks, todo, packer)))
         for block in blocks:
             packer.add(block)
-            progress.update(len(packer.rows_of(block)))
+            progress.update(len(packer.blocks[block]))
             progress.set_postfix(kept=packer.kept, rejected=packer.rejected.total(), refresh=False)
     packer.finish()
     packer.write_rejected()
@@ -217,7 +250,12 @@ def _make_block(source: Source, config: PrepareConfig, block: int, rows: range) 
     source.prefetch(rows, config)
     shard = write_shard(temporary / CLIPS, clips())
     write_atomically(temporary / RESULT, json.dumps({"kept": shard.clips, "rejected": rejected}).encode())
-    rename_durably(temporary, block_folder(work, block))
+    try:
+        rename_durably(temporary, block_folder(work, block))
+    except OSError:  # the same part runs twice, and the other process was faster
+        if not is_finished(work, block):
+            raise
+        shutil.rmtree(temporary, ignore_errors=True)
     source.release(rows, config)
     return block
 
@@ -225,13 +263,15 @@ def _make_block(source: Source, config: PrepareConfig, block: int, rows: range) 
 # --- in the main process -------------------------------------------------------------------------------------------
 
 
-def _process_blocks(source: Source, config: PrepareConfig, packer: Packer) -> Generator[int, None, None]:
-    """Have the missing blocks made; yields each as it is finished, in any order."""
-    todo = deque(block for block in range(packer.blocks) if block not in packer.results)
+def _process_blocks(
+    source: Source, config: PrepareConfig, blocks: list[range], missing: list[int], packer: Packer | None = None
+) -> Generator[int, None, None]:
+    """Have the missing blocks made, not too far ahead of what is packed; yields each as it is finished, in any order."""
+    todo = deque(missing)
     workers = min(config.workers or _usable_cores(), len(todo))
     if workers <= 1:
         for block in todo:
-            yield _make_block(source, config, block, packer.rows_of(block))
+            yield _make_block(source, config, block, blocks[block])
         return
     # spawn: a forked copy of a process with threads (torch, TensorBoard) may hang on their locks.
     context = multiprocessing.get_context("spawn")
@@ -240,9 +280,9 @@ def _process_blocks(source: Source, config: PrepareConfig, packer: Packer) -> Ge
     try:
         running: set[Future[int]] = set()
         while todo or running:
-            while todo and len(running) < 2 * workers and todo[0] < packer.front + _BLOCKS_AHEAD * workers:
+            while todo and len(running) < 2 * workers and (packer is None or todo[0] < packer.front + _BLOCKS_AHEAD * workers):
                 block = todo.popleft()
-                running.add(executor.submit(_work, block, packer.rows_of(block)))
+                running.add(executor.submit(_work, block, blocks[block]))
             finished, running = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
                 yield future.result()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -16,7 +17,7 @@ import pytest
 
 from t2v_ds.config import PrepareConfig
 from t2v_ds.data.gif import encode_gif
-from t2v_ds.data.prepare import prepare
+from t2v_ds.data.prepare import prepare, prepare_part
 from t2v_ds.data.shards import ShardDataset
 from t2v_ds.errors import DataError
 
@@ -53,11 +54,11 @@ def undisturbed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return contents(out)
 
 
-def start(source: Path, out: Path, workers: int) -> subprocess.Popen[bytes]:
+def start(source: Path, out: Path, workers: int, part: str = "") -> subprocess.Popen[bytes]:
     code = (
-        "from t2v_ds.config import PrepareConfig; from t2v_ds.data.prepare import prepare; "
-        f"prepare(PrepareConfig(source={str(source)!r}, out={str(out)!r}, image_size=32, min_frames=2, chunk_clips=50, shard_clips=20, "
-        f"workers={workers}))"
+        "from t2v_ds.config import PrepareConfig; from t2v_ds.data.prepare import prepare, prepare_part; "
+        f"{'prepare_part' if part else 'prepare'}(PrepareConfig(source={str(source)!r}, out={str(out)!r}, image_size=32, min_frames=2, "
+        f"chunk_clips=50, shard_clips=20, workers={workers}, part={part!r}))"
     )
     # A session of its own, so that a worker that outlives its parent can be found.
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
@@ -115,6 +116,40 @@ def test_killed_again_and_again(folder: Path, undisturbed: dict[str, bytes], tmp
     assert process.wait(60) == 0
     assert contents(out) == undisturbed
     assert not (out / ".work").exists()
+
+
+def test_parts_at_once_one_of_them_killed(folder: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    out = tmp_path / "raw"
+    parts = {part: start(folder, out, 1, f"{part}/3") for part in (1, 2, 3)}
+    deadline = time.monotonic() + 30
+    while not list(out.glob(".work/*block-000001*")) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    parts[2].kill()
+    assert [parts[part].wait(60) for part in (1, 3)] == [0, 0]
+    assert parts[2].wait(60) in (-signal.SIGKILL, 0)  # 0: the machine was so busy that the blow came too late
+    blocks = {int(path.name[-6:]) for path in out.glob(".work/block-*")}
+    assert set(range(0, 10, 3)) | set(range(2, 10, 3)) <= blocks <= set(range(10))
+    assert not list(out.glob("raw-*"))
+    assert start(folder, out, 2, "2/3").wait(60) == 0
+    assert len(list(out.glob(".work/block-*/clips.tar"))) == 10
+    made = [path.stat().st_mtime_ns for path in sorted(out.glob(".work/block-*/clips.tar"))]
+    assert start(folder, out, 1, "1/3").wait(60) == 0  # nothing is left to do
+    assert [path.stat().st_mtime_ns for path in sorted(out.glob(".work/block-*/clips.tar"))] == made
+    prepare(settings(folder, out))
+    assert contents(out) == undisturbed
+    assert start(folder, out, 1, "3/3").wait(60) == 0
+    assert contents(out) == undisturbed
+
+
+def test_a_part_and_the_whole_do_not_run_at_once(folder: Path, tmp_path: Path) -> None:
+    import t2v_ds.data.prepare as module
+
+    out = tmp_path / "raw"
+    out.mkdir()
+    for held, asked in ((fcntl.LOCK_SH, prepare), (fcntl.LOCK_EX, prepare_part), (fcntl.LOCK_EX, prepare)):
+        with module._locked(out, held), pytest.raises(DataError, match="another process is preparing"):
+            asked(settings(folder, out))
+    assert list(out.iterdir()) == []
 
 
 def test_nothing_finished_is_done_again(
