@@ -166,7 +166,10 @@ def merge(config: MergeConfig) -> dict[str, float]:
     out = Path(config.out)
     collectives = connect()
     manifest = Manifest.load(config.data, "raw")
-    threads = sorted((load_thread(folder) for folder in config.threads), key=lambda thread: thread.chunk)
+    unfinished = [folder for folder in config.threads if config.allow_missing and not (Path(folder) / "DONE").is_file()]
+    threads = sorted((load_thread(folder) for folder in config.threads if folder not in unfinished), key=lambda thread: thread.chunk)
+    if not threads:
+        raise ConfigError(f"none of the threads {', '.join(unfinished)} is finished: there is nothing to merge")
     missing = check_threads(threads, [one["chunk"] for one in manifest.chunks], config.allow_missing)
     if collectives.rank == 0:
         state, moved = average([thread.state for thread in threads])

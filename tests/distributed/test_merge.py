@@ -62,6 +62,9 @@ def test_a_missing_thread_is_refused_or_named(threads: Path) -> None:
     output = t2v(*merge, "steps=4", code=2)
     assert "chunks [2] have no thread" in output
     assert not (root / "some").exists()
+    (root / "thread-2-unfinished").mkdir()
+    merge[3:3] = [str(root / "thread-2-unfinished")]
+    assert "thread-2-unfinished is not finished" in t2v(*merge, "steps=4", code=2)
     t2v(*merge, "steps=4", "allow_missing=true")
     assert "Merged without threads of the chunks 2." in (root / "some/report.md").read_text()
 
