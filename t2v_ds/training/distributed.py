@@ -9,6 +9,7 @@ DeepSpeed is not imported here.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -19,9 +20,9 @@ import warnings
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NoReturn
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -205,6 +206,36 @@ class Collectives:
         return box[0]
 
 
+    def noticeboard(self) -> StoreNoticeboard | None:
+        """Where ranks leave short texts for each other; None on one rank. No collective."""
+        return StoreNoticeboard(self.rank, self.world_size) if self.world_size > 1 else None
+
+
+class StoreNoticeboard:
+    """Texts of ranks in the process group's key-value store, which answers also while the ranks hang in a collective."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank, self.world_size = rank, world_size
+        self._store = dist.distributed_c10d._get_default_store().clone()  # a connection of its own: the other may be waiting
+        self._store.set_timeout(timedelta(seconds=5))
+
+    def post(self, text: str) -> None:
+        """Replace what this rank has posted; nothing happens where the store is gone."""
+        with contextlib.suppress(dist.DistError):
+            self._store.set(self._key(self.rank), text)
+
+    def read(self) -> dict[int, str]:
+        """What each of the other ranks has posted last; nothing where the store is gone."""
+        with contextlib.suppress(dist.DistError):
+            others = [rank for rank in range(self.world_size) if rank != self.rank and self._store.check([self._key(rank)])]
+            return {rank: self._store.get(self._key(rank)).decode() for rank in others}
+        return {}
+
+    @staticmethod
+    def _key(rank: int) -> str:
+        return f"t2v_ds/watchdog/{rank}"
+
+
 _connected: Collectives | None = None
 
 
@@ -255,9 +286,25 @@ def write_environment(ranks: Ranks, env: MutableMapping[str, str]) -> None:
     env.update(ranks.environment())
     if not torch.cuda.is_available():
         env.setdefault("DS_ACCELERATOR", "cpu")
-    if ranks.world_size == 1 and Path("/sys/class/net/lo").exists():
-        # Gloo looks this machine's name up even with nobody to talk to; in containers that often fails.
-        env.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    # Left alone, gloo listens where this machine's name points to: to 127.0.1.1 on many, to nowhere in some containers.
+    interface = _interface_towards(ranks.master_addr)
+    if interface:
+        env.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def _interface_towards(host: str) -> str | None:
+    """The network interface over which this machine reaches a host, such as eth0; None if there is none to be found."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # of a datagram socket: nothing is sent
+            mine = probe.getsockname()[0]
+    except OSError:
+        return None
+    for name, addresses in psutil.net_if_addrs().items():
+        if mine in (one.address for one in addresses):
+            return str(name)
+    return None
 
 
 def initialise_process_group(device: torch.device, ranks: Ranks) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import logging
+import math
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Protocol
 
 from t2v_ds.errors import UserError
 
@@ -23,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 WATCHDOG_EXIT_CODE = 3
 MAX_SKIPPED_IN_A_ROW = 20
+MAX_NAMED_RANKS = 16
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 _stop_signal: int | None = None
@@ -100,18 +103,30 @@ class NonFinitePolicy:
             )
 
 
+class Noticeboard(Protocol):
+    """Where every rank posts what it does, for the others to read; it must work while ranks hang in a collective."""
+
+    def post(self, text: str) -> None:
+        """Replace what this rank has posted."""
+
+    def read(self) -> dict[int, str]:
+        """What each of the other ranks has posted last; those that have not are not in it."""
+
+
 class Watchdog:
     """A thread that ends the process, naming rank, step and phase, when no `beat` came for `limit_s` seconds.
 
     A hang in a collective cannot be interrupted from Python, so the process is ended without clean-up; the launcher
-    then ends the other ranks.
+    then ends the other ranks. As a rank that hangs makes all others wait for it, what they last said is named as well.
     """
 
-    def __init__(self, limit_s: float, rank: int, end: Callable[[int], None] = os._exit) -> None:
+    def __init__(self, limit_s: float, rank: int, end: Callable[[int], None] = os._exit, board: Noticeboard | None = None) -> None:
         self.limit_s = limit_s
         self.rank = rank
-        self._end = end
+        self._end, self._board = end, board
         self._beat = (time.monotonic(), 0, "start")
+        self._post_every_s = min(10.0, limit_s / 8)
+        self._posted_at, self._posts = -math.inf, 0
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -132,15 +147,30 @@ class Watchdog:
         self._beat = (time.monotonic(), step, phase)
 
     def _watch(self) -> None:
-        while not self._stopped.wait(min(1.0, self.limit_s / 4)):
+        while not self._stopped.wait(min(1.0, self.limit_s / 8)):
             since, step, phase = self._beat
             waited = time.monotonic() - since
             if waited > self.limit_s:
                 logger.critical(
-                    "rank %d hangs at step %d (%s): nothing happened for %.0f s (train.watchdog_s is %g); ending the process",
-                    self.rank, step, phase, waited, self.limit_s,
+                    "rank %d hangs at step %d (%s): nothing happened for %.0f s (train.watchdog_s is %g); ending the process%s",
+                    self.rank, step, phase, waited, self.limit_s, self._others(),
                 )  # fmt: skip
                 faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
                 logging.shutdown()
                 self._end(WATCHDOG_EXIT_CODE)
                 return
+            if self._board is not None and time.monotonic() - self._posted_at >= self._post_every_s:
+                self._posted_at, self._posts = time.monotonic(), self._posts + 1  # counted, so that each post is another
+                self._board.post(f"{self._posts} step {step} ({phase})")
+
+    def _others(self) -> str:
+        """What the other ranks do, those first that have fallen silent: a stopped process or a lost node says nothing itself."""
+        if self._board is None:
+            return ""
+        before = self._board.read()
+        time.sleep(2.5 * self._post_every_s)
+        after = self._board.read()
+        silent = [rank for rank in before if after.get(rank) == before[rank]]
+        said = [f"rank {rank} is silent since {before[rank].partition(' ')[2]}" for rank in silent]
+        said += [f"rank {rank} is at {text.partition(' ')[2]}" for rank, text in after.items() if rank not in silent]
+        return "".join(f"; {one}" for one in said[:MAX_NAMED_RANKS])

@@ -204,7 +204,7 @@ class _Training:
     ) -> None:
         self.objective, self.stream, self.train, self.run, self.seed = objective, stream, train, run, seed
         self.config, self.collate, self.description, self.collectives, self.steps = config, collate, description, collectives, steps
-        self.watchdog = health.Watchdog(train.watchdog_s, collectives.rank)
+        self.watchdog = health.Watchdog(train.watchdog_s, collectives.rank, board=collectives.noticeboard())
         self.policy = health.NonFinitePolicy()
         self.window = Window()
         self.started_window, self.window_steps = time.monotonic(), 0

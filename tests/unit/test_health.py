@@ -70,6 +70,33 @@ def test_watchdog_names_rank_step_and_phase(caplog: pytest.LogCaptureFixture) ->
     assert "rank 5 hangs at step 17 (optimizer step)" in caplog.text
 
 
+class Board:
+    """Rank 1 has fallen silent, rank 2 still posts."""
+
+    def __init__(self) -> None:
+        self.posts: list[str] = []
+        self.reads = 0
+
+    def post(self, text: str) -> None:
+        self.posts.append(text)
+
+    def read(self) -> dict[int, str]:
+        self.reads += 1
+        return {1: "40 step 17 (data)", 2: f"{60 + self.reads} step 18 (optimizer step)"}
+
+
+def test_watchdog_says_what_the_others_did_last(caplog: pytest.LogCaptureFixture) -> None:
+    ended: list[int] = []
+    board = Board()
+    with caplog.at_level(logging.CRITICAL), Watchdog(0.4, 0, end=ended.append, board=board) as dog:
+        dog.beat(18, "optimizer step")
+        time.sleep(1.2)
+    assert ended == [WATCHDOG_EXIT_CODE]
+    assert board.posts[-1].endswith("step 18 (optimizer step)")
+    assert len(set(board.posts)) == len(board.posts) > 1
+    assert "; rank 1 is silent since step 17 (data); rank 2 is at step 18 (optimizer step)" in caplog.text
+
+
 def test_watchdog_can_be_off_and_ends_with_the_run() -> None:
     ended: list[int] = []
     for limit in (0.0, 0.2):
