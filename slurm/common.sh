@@ -14,6 +14,11 @@ t2v_job() {
         "on $SLURM_JOB_NODELIST, $(date '+%F %T')"
 }
 
+# How many chunks `t2v prepare` has made in a folder.
+t2v_chunks() {
+    grep -o '"chunk": [0-9]*' "$1/manifest.json" | sort -u | wc -l
+}
+
 # Where the first rank listens. The job's number keeps two jobs on one node apart.
 # t2v reads SLURM's variables itself (one task a rank); these two only make its choice visible and the same for all.
 t2v_rendezvous() {

@@ -4,7 +4,7 @@
 #   slurm/pipeline.sh --out /shared/run --source /shared/gifs                     at the spec size (slurm/tgif.env)
 #   slurm/pipeline.sh --out /shared/run --settings slurm/demo.env                 a demonstration, minutes on CPUs
 #
-#   prepare -> start -> threads (array) -> merge -> tokenize (array) -> transformer -> generate
+#   prepare (array) -> pack -> start -> threads (array) -> merge -> tokenize (array) -> transformer -> generate
 #
 # --settings FILE  what each stage does [slurm/tgif.env]     --cluster FILE  partition, times, nodes [slurm/cluster.env]
 # --source SRC     of `t2v prepare`                           --dry-run       print the commands, submit nothing
@@ -28,6 +28,7 @@ while [ $# -gt 0 ]; do
 done
 [ -n "$out" ] || fail "--out is not given; name a folder that all nodes share"
 for file in "$settings" "$cluster"; do [ -f "$file" ] || fail "there is no file $file"; done
+source "$here/common.sh"
 source "$cluster"
 source "$settings"
 [ -n "$dry" ] || command -v sbatch > /dev/null || fail "there is no sbatch here; run this on a machine that submits to SLURM"
@@ -75,7 +76,7 @@ submit() {
     [ -z "$ACCOUNT" ] || command+=(--account="$ACCOUNT")
     [ -z "$after" ] || command+=(--dependency="afterok:$after")
     command+=("${SBATCH_EXTRA[@]}" "$@" "$here/$stage.sbatch")
-    [ "$stage" != prepare ] || [ -z "$source" ] || command+=(--source "$source")
+    [[ $stage != prepare && $stage != pack ]] || [ -z "$source" ] || command+=(--source "$source")
     if [ -n "$dry" ]; then
         printf '%q ' "${command[@]}"
         echo
@@ -98,9 +99,11 @@ ranks() {  # of a training on $1 nodes
 gpu=()
 [ "$GPUS_PER_NODE" -eq 0 ] || gpu=(--gres=gpu:1)
 
-submit prepare "$out/raw/manifest.json" "${one[@]}" --time="$TIME_PREPARE"
+submit prepare "$out/raw/manifest.json" "${one[@]}" --time="$TIME_PREPARE" --array="0-$((PREPARE_PARTS - 1))"
+submit pack "$out/raw/manifest.json" "${one[@]}" --time="$TIME_PREPARE"
 ranks "$THREAD_NODES"
 submit vqvae_start "$out/start/DONE" "${training[@]}" --time="$TIME_THREAD"
+[ ! -e "$out/raw/manifest.json" ] || CHUNKS=$(t2v_chunks "$out/raw")  # fewer, where more clips were rejected than expected
 missing=
 for ((chunk = 0; chunk < CHUNKS; ++chunk)); do [ -e "$out/thread-$chunk/DONE" ] || missing+=${missing:+,}$chunk; done
 if [ -n "$missing" ]; then
@@ -122,7 +125,6 @@ fi
 cat << TEXT
 
 watch    squeue --me; tail -f $logs/*.log; .venv/bin/tensorboard --logdir $out
-repair   a failed element of an array:  scontrol requeue JOB_ELEMENT, then scontrol update jobid=NEXT_STAGE dependency=afterok:JOB
-         or the whole:                  this command again (finished stages are left alone)
+repair   this command again: finished stages, and finished elements of the array of threads, are left alone
 cancel   scancel$(cut -d' ' -f2 "$jobs" | sed 's/^/ /' | tr -d '\n')
 TEXT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,20 @@ from pathlib import Path
 from t2v_ds.training.distributed import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE", "LOCAL_WORLD_SIZE")
+LAUNCHER_VARIABLES = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE", "LOCAL_WORLD_SIZE",
+    "GLOO_SOCKET_IFNAME", "DS_ACCELERATOR",  # of a training inside the test process
+)  # fmt: skip
+
+
+def why_not(*programs: str) -> str:
+    """Why tests that make nodes of network namespaces cannot run here; empty: they can."""
+    if os.geteuid() != 0:
+        return "not root"
+    missing = [name for name in (*programs, "unshare") if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None]
+    if missing:
+        return f"no {', '.join(missing)}"
+    return "" if subprocess.run(["unshare", "-n", "true"], capture_output=True, check=False).returncode == 0 else "no network namespaces"
 
 
 def environment(**extra: str) -> dict[str, str]:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT, environment
+from tests.helpers import ROOT
+from tests.slurm.cluster import LOCAL_SLURM, Slurm
 
-CLUSTER = Path(__file__).parent / "local_slurm"
 PIPELINE = ROOT / "slurm" / "pipeline.sh"
 SETTINGS = """
 CHUNKS=4
@@ -35,6 +32,7 @@ PROMPTS=("a large red circle moves right slowly")
 # Element 1 fails the first time that it runs; jobs do not read this repository's environment.
 CLUSTER_ENV = """
 source "{root}/slurm/cluster.env"
+PREPARE_PARTS=2
 TOKENIZE_PARTS=2
 CPUS_PER_RANK=1
 setup() {{
@@ -47,54 +45,19 @@ setup() {{
 """
 
 
-class Slurm:
-    """The cluster, and what is asked of it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.env = environment(LOCAL_SLURM_DIR=str(folder / "slurm"), XDG_CACHE_HOME=str(Path.home() / ".cache"))
-        self.call(str(CLUSTER), "up", "-n", "4", "-c", "2", "-g", "0")
-        self.env["SLURM_CONF"] = str(folder / "slurm/etc/slurm.conf")
-
-    def call(self, *command: str, code: int = 0) -> str:
-        done = subprocess.run(command, env=self.env, cwd=ROOT, capture_output=True, text=True, timeout=120)
-        assert done.returncode == code, f"{command}: {done.stdout}{done.stderr}"
-        return done.stdout + done.stderr
-
-    def pipeline(self, out: Path, *more: str) -> str:
-        return self.call(str(PIPELINE), "--out", str(out), "--settings", str(self.folder / "settings.env"), *more)
-
-    def queue(self) -> list[str]:
-        return self.call("squeue", "--noheader", "--format=%A_%a %j %T %r %N").splitlines()
-
-    def wait(self, until: Callable[[], object], what: str, logs: Path, seconds: float = 240) -> None:
-        end = time.monotonic() + seconds
-        while not until():
-            said = "\n".join(f"== {path.name}\n{path.read_text()[-1500:]}" for path in sorted(logs.glob("*.log")))
-            assert time.monotonic() < end, f"{what} did not come\n{self.queue()}\n{said}"
-            time.sleep(0.5)
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    folder = Path("/tmp") / f"t2v-slurm-{os.getpid()}"  # munge wants a short path
-    folder.mkdir()
-    try:
-        cluster = Slurm(folder)
-        (folder / "settings.env").write_text(SETTINGS)
-        yield cluster
-    finally:
-        subprocess.run([str(CLUSTER), "down"], env={**os.environ, "LOCAL_SLURM_DIR": str(folder / "slurm")}, check=False, timeout=120)
-        subprocess.run(["rm", "-rf", str(folder)], check=False)
+def pipeline(slurm: Slurm, out: Path, *more: str) -> str:
+    settings = slurm.folder / "settings.env"
+    settings.write_text(SETTINGS)
+    return slurm.call(str(PIPELINE), "--out", str(out), "--settings", str(settings), *more)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(slurm: Slurm) -> Path:
     out = slurm.folder / "undisturbed"
     (slurm.folder / "plain.env").write_text(CLUSTER_ENV.format(root=ROOT, flag="/nowhere"))
-    said = slurm.pipeline(out, "--cluster", str(slurm.folder / "plain.env"))
-    assert [line.split()[0] for line in said.splitlines()[:7]] == [
-        "prepare", "vqvae_start", "vqvae_thread", "merge", "tokenize", "transformer", "generate",
+    said = pipeline(slurm, out, "--cluster", str(slurm.folder / "plain.env"))
+    assert [line.split()[0] for line in said.splitlines()[:8]] == [
+        "prepare", "pack", "vqvae_start", "vqvae_thread", "merge", "tokenize", "transformer", "generate",
     ]  # fmt: skip
     slurm.wait(lambda: (out / "sheet.png").exists() and not slurm.queue(), "the pipeline's end", out / "logs")
     return out
@@ -110,10 +73,24 @@ def test_one_command_makes_everything_and_again_does_nothing(slurm: Slurm, undis
     assert "| merged |" in (undisturbed / "tokenizer/report.md").read_text()
     log = next((undisturbed / "logs").glob("transformer-*.log")).read_text()
     assert "rank 0 of 2" in log
-    said = slurm.pipeline(undisturbed, "--cluster", str(slurm.folder / "plain.env"))
-    assert said.count(" finished") == 7
+    said = pipeline(slurm, undisturbed, "--cluster", str(slurm.folder / "plain.env"))
+    assert said.count(" finished") == 8
     assert said.endswith("nothing is left to do\n")
     assert not slurm.queue()
+
+
+def test_a_merge_with_a_thread_missing_says_so(slurm: Slurm, undisturbed: Path) -> None:
+    out = slurm.folder / "incomplete"
+    out.mkdir()
+    for name in ("raw", "thread-0", "thread-1", "thread-3"):
+        (out / name).symlink_to(undisturbed / name)
+    files = {"SETTINGS": slurm.folder / "settings.env", "CLUSTER": slurm.folder / "plain.env"}
+    known = {"OUT": out, "SLURM": ROOT / "slurm", **files}
+    slurm.env.update({f"T2V_{name}": str(value) for name, value in known.items()})
+    job = slurm.call("sbatch", "--parsable", "--export=ALL", f"--output={out}/merge.log", str(ROOT / "slurm/merge.sbatch")).strip()
+    slurm.wait(lambda: "JobState=FAILED" in slurm.call("scontrol", "show", "job", job), "the job's failure", out)
+    assert "chunks [2] have no thread" in (out / "merge.log").read_text()
+    assert not (out / "tokenizer").exists()
 
 
 def test_through_failures_to_the_same_files(slurm: Slurm, undisturbed: Path) -> None:
@@ -121,7 +98,7 @@ def test_through_failures_to_the_same_files(slurm: Slurm, undisturbed: Path) -> 
     flag.touch()
     (slurm.folder / "drill.env").write_text(CLUSTER_ENV.format(root=ROOT, flag=flag))
     cluster = ("--cluster", str(slurm.folder / "drill.env"))
-    slurm.pipeline(out, *cluster)
+    pipeline(slurm, out, *cluster)
     array = next(line.split()[1] for line in (out / "jobs.txt").read_text().splitlines() if line.startswith("vqvae_thread"))
 
     # Element 2 is preempted twice in mid-training, element 3 is cancelled, element 1 fails.
@@ -146,13 +123,13 @@ def test_through_failures_to_the_same_files(slurm: Slurm, undisturbed: Path) -> 
     assert not (out / "tokenizer").exists()
     slurm.wait(lambda: not any("vqvae_thread" in line for line in slurm.queue()), "the array's end", out / "logs")
     # The same command mends it.
-    assert "finished" in slurm.pipeline(out, *cluster).splitlines()[0]
+    assert "finished" in pipeline(slurm, out, *cluster).splitlines()[0]
     # A node dies under the transformer.
     slurm.wait(lambda: list((out / "generator/checkpoints").glob("*")), "a checkpoint of the transformer", out / "logs")
     nodes = [line.split()[-1] for line in slurm.queue() if "t2v-transformer RUNNING" in line]
     crashed = slurm.call("scontrol", "show", "hostnames", nodes[0]).split()[-1] if nodes else ""
     if crashed:
-        slurm.call(str(CLUSTER), "crash", crashed)
+        slurm.call(str(LOCAL_SLURM), "crash", crashed)
     slurm.wait(lambda: (out / "sheet.png").exists(), "the pipeline's end", out / "logs")
     assert crashed, "the transformer ended before its node could be crashed: give it more steps"
     assert artefacts(out) == artefacts(undisturbed)
