@@ -45,12 +45,25 @@ class SkipGuard:
             terminalreporter.write_line(f"ERROR {nodeid} was skipped; only tests marked gpu may be", red=True)
 
 
+FOLDERS = ("unit", "slurm", "distributed", "fault")  # fast ones first, and last no single long file
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the folders; under xdist one process runs a file, for its fixtures' sake, and one alone has the SLURM cluster."""
+    rank = {name: place for place, name in enumerate(FOLDERS)}
+    items.sort(key=lambda item: rank.get(item.path.parent.name, len(FOLDERS)))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("slurm" if item.path.parent.name == "slurm" else item.path.stem))
+    skip_gpu_tests(items)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(SkipGuard(), "skip-guard")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked gpu on machines without one."""
+def skip_gpu_tests(items: list[pytest.Item]) -> None:
+    """Tests marked gpu, on machines without one."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
