@@ -39,9 +39,13 @@ def environment(**extra: str) -> dict[str, str]:
 
 def start(arguments: Sequence[str], **env: str) -> subprocess.Popen[str]:
     """Start `python ARGUMENTS` as one rank alone, with its output captured, in a process group of its own."""
-    command = [sys.executable, *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen(command, env=environment(**env), cwd=ROOT, text=True, start_new_session=True, **pipes)  # type: ignore[call-overload,no-any-return]
+    return start_command([sys.executable, *arguments], environment(**env))
+
+
+def start_command(command: Sequence[str], env: dict[str, str], cwd: Path = ROOT) -> subprocess.Popen[str]:
+    """Start a command, with its output captured, in a process group of its own."""
+    output, errors = subprocess.PIPE, subprocess.STDOUT
+    return subprocess.Popen(command, env=env, cwd=cwd, text=True, start_new_session=True, stdout=output, stderr=errors)
 
 
 def finish(processes: Sequence[subprocess.Popen[str]], timeout_s: float = 180.0) -> list[tuple[int, str]]:

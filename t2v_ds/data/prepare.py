@@ -68,8 +68,7 @@ def prepare_part(config: PrepareConfig) -> None:
             return
         work, blocks = out / ".work", blocks_of(rows)
         mine = range(len(blocks))[parse_part(config.part)]
-        for stale in (path for block in mine for path in work.glob(f".block-{block:06d}.*")):
-            shutil.rmtree(stale, ignore_errors=True)
+        _remove_half_made(work, mine)
         todo = [block for block in mine if not is_finished(work, block)]
         total, missing = (sum(len(blocks[block]) for block in some) for some in (mine, todo))
         with contextlib.ExitStack() as stack:
@@ -161,9 +160,8 @@ def _check_identity(out: Path, found: dict[str, Any], asked: dict[str, Any]) -> 
 
 def _run(source: Source, config: PrepareConfig, rows: int, identity: dict[str, Any]) -> Manifest:
     out = Path(config.out)
-    for stale in (out / ".work").glob(".block-*"):
-        shutil.rmtree(stale, ignore_errors=True)
     packer = Packer(out, config, rows)
+    _remove_half_made(packer.work, range(len(packer.blocks)))
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(_progress(rows, packer.rows_done))
         todo = [block for block in range(len(packer.blocks)) if block not in packer.results]
@@ -185,6 +183,13 @@ def _run(source: Source, config: PrepareConfig, rows: int, identity: dict[str, A
     _remove_scratch(out)
     logger.info("prepared %s: %d clips, %d frames, rejected %s", out, manifest.total_clips, manifest.total_frames, rejected or "none")
     return manifest
+
+
+def _remove_half_made(work: Path, blocks: range) -> None:
+    """Delete what killed processes left of these blocks; the folder is listed once, however many they are."""
+    for path in work.glob(".block-*"):
+        if int(path.name.split(".")[1].removeprefix("block-")) in blocks:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove_scratch(out: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 from t2v_ds.config import PrepareConfig, TokenizeConfig
 from t2v_ds.data.prepare import prepare
 from t2v_ds.tokenize import tokenize
-from tests.helpers import environment, finish, run_ranks
+from tests.helpers import environment, finish, run_ranks, start_command
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 TRAIN = ["train.steps=6", "train.batch=4", "train.precision=fp32", "train.warmup_steps=2", "train.log_every=1", "train.visual_every=0"]
@@ -55,15 +55,7 @@ class Nodes:
         self.folder = folder
         self.names = tuple(f"t2v{os.getpid()}{side}" for side in "ab")
 
-    def __enter__(self) -> Nodes:
-        try:
-            self._set_up()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def _set_up(self) -> None:
+    def set_up(self) -> None:
         for key in ("host_key", "key"):
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.folder / key)], check=True)
         Path("/run/sshd").mkdir(exist_ok=True)  # sshd wants it
@@ -84,7 +76,7 @@ class Nodes:
             config.write_text(SSHD.format(address=address, folder=self.folder))
             subprocess.run(["ip", "netns", "exec", name, "/usr/sbin/sshd", "-f", str(config)], check=True)
 
-    def __exit__(self, *error: object) -> None:
+    def tear_down(self) -> None:
         for pid in self.folder.glob("sshd-*.pid"):
             subprocess.run(["kill", pid.read_text().strip()], check=False)
         for name in self.names:
@@ -99,15 +91,17 @@ class Nodes:
         env["PATH"] = f"{self.folder / 'commands'}:{env['PATH']}"
         command = ["ip", "netns", "exec", self.names[0], sys.executable, "-m", "deepspeed.launcher.runner"]
         command += ["--hostfile", str(self.folder / "hostfile"), "--master_addr", ADDRESSES[0], *arguments]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(command, env=env, cwd=where, text=True, start_new_session=True, **pipes)  # type: ignore[call-overload]
-        return finish([process])[0]
+        return finish([start_command(command, env, where)])[0]
 
 
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
-    with Nodes(tmp_path_factory.mktemp("nodes")) as nodes:
+    nodes = Nodes(tmp_path_factory.mktemp("nodes"))
+    try:
+        nodes.set_up()
         yield nodes
+    finally:
+        nodes.tear_down()
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,10 +22,10 @@ SETTINGS = [
 
 
 @pytest.fixture(scope="module")
-def folder(slurm: Slurm) -> Iterator[Path]:
+def folder(slurm: Slurm) -> Path:
     folder = slurm.folder / "jobs"
     prepare(PrepareConfig(out=str(folder / "raw"), clips=12, image_size=16, max_frames=18, workers=1))
-    yield folder
+    return folder
 
 
 def train(slurm: Slurm, script: str, out: Path, *more: str) -> Path:
