@@ -3,9 +3,9 @@
 `kernels/`, `ds_configs/` and `configs/` stand at the top level, where people look for them, and are installed inside the
 package, where code finds them: as `t2v_ds.kernels`, `t2v_ds.ds_configs` and `t2v_ds.configs`.
 
-Kernels are compiled here where torch can be imported (`pip install --no-build-isolation .`), else at their first use. For
-CUDA, the environment variable T2V_BUILD_CUDA decides: "auto" (the default) compiles if there is an nvcc and torch knows CUDA, "1"
-fails if that cannot be done, "0" does not try. No GPU is needed.
+The readers are compiled here where there is a compiler, the kernels where torch can be imported as well (`pip install
+--no-build-isolation .`), else at their first use. For CUDA, the environment variable T2V_BUILD_CUDA decides: "auto" (the default)
+compiles if there is an nvcc and torch knows CUDA, "1" fails if that cannot be done, "0" does not try. No GPU is needed.
 """
 
 import importlib.util
@@ -27,19 +27,21 @@ def compile_kernels(into: Path) -> None:
     spec = importlib.util.spec_from_file_location("kernels_build", HERE / "kernels" / "build.py")
     build = importlib.util.module_from_spec(spec)
     sys.modules["kernels_build"] = build
-    try:
-        spec.loader.exec_module(build)
-    except ImportError as error:
-        if wanted == "1":
-            sys.exit(f"T2V_BUILD_CUDA=1, but {error.name} cannot be imported; install it first and use pip install --no-build-isolation")
-        return
-    for device in ("CPU",) if wanted == "0" else ("CPU", "CUDA"):
+    spec.loader.exec_module(build)
+    for name, target in build.TARGETS.items():
+        if name == "CUDA" and wanted == "0":
+            continue
         try:
-            build.compile_library(device, into / build.library_name(build.TARGETS[device]))
+            build.compile_library(name, into / build.library_name(target))
+        except ImportError as error:
+            reason = f"{error.name} cannot be imported; install it first and use pip install --no-build-isolation"
         except (OSError, RuntimeError) as error:
-            if device == "CUDA" and wanted == "1":
-                sys.exit(f"T2V_BUILD_CUDA=1, but {error}")
-            print(f"the {device} kernel is not compiled now: {error}")
+            reason = str(error)
+        else:
+            continue
+        if name == "CUDA" and wanted == "1":
+            sys.exit(f"T2V_BUILD_CUDA=1, but {reason}")
+        print(f"{target.source} is not compiled now: {reason}")
 
 
 class BuildWithKernels(build_py):

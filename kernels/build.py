@@ -1,15 +1,18 @@
-"""Compiles the kernels into libraries that torch can load; needs torch and a compiler, and nothing else of the project.
+"""Compiles the libraries of this folder, and finds those that are compiled; needs a compiler, and torch for its operators only.
 
-    python kernels/build.py [cpu] [cuda] [--into FOLDER]
+    python kernels/build.py [cpu] [cuda] [gif] [clips] [--into FOLDER]
+
+    built with the package (setup.py) -> there; else in the cache -> there; else compiled into the cache
 
 A library's name holds a digest of its sources, its flags and torch's version: one that is there under its name is the right one.
-`setup.py` builds into the package, `native.py` into a cache at the first use.
+Processes that start together may each compile; the renaming makes whichever comes last harmless, and a kill leaves no lock behind.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -19,10 +22,12 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
+logger = logging.getLogger(__name__)
 
 HERE = Path(__file__).resolve().parent
+_PLAIN = ("-std=c++17", "-O3", "-fPIC", "-shared")  # a C interface; needs no library
 _STABLE = ("-std=c++20", "-DTORCH_TARGET_VERSION=0x020e000000000000")  # torch's stable ABI, as of 2.14
 
 
@@ -33,6 +38,7 @@ class Target:
     source: str
     headers: tuple[str, ...]
     flags: tuple[str, ...]
+    with_torch: bool = True
 
 
 TARGETS = {
@@ -53,15 +59,25 @@ TARGETS = {
             "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90", "-gencode=arch=compute_90,code=compute_90",
         ),
     ),
+    "GIF": Target("gif.cpp", (), _PLAIN, with_torch=False),
+    "CLIPS": Target("clips.cpp", (), _PLAIN, with_torch=False),
 }  # fmt: skip
 
 
 def library_name(target: Target) -> str:
     """File name of a target's library, different for different sources, flags and versions of torch."""
-    digest = hashlib.sha256("\0".join((torch.__version__, platform.machine(), *target.flags)).encode())
+    torch_version = _torch().__version__ if target.with_torch else ""
+    digest = hashlib.sha256("\0".join((torch_version, platform.machine(), *target.flags)).encode())
     for name in (target.source, *target.headers):
         digest.update((HERE / name).read_bytes())
     return f"{Path(target.source).stem}-{digest.hexdigest()[:16]}.so"
+
+
+def _torch() -> Any:
+    """Imported only where it is needed: reading GIFs takes a tenth of the time that importing torch does."""
+    import torch
+
+    return torch
 
 
 def find_nvcc() -> Path | None:
@@ -74,17 +90,17 @@ def find_nvcc() -> Path | None:
 
 
 def compiler_of(device: str) -> list[str]:
-    """The command of the compiler for "CPU" or "CUDA".
+    """The command of the compiler for a target.
 
     Raises:
         RuntimeError: there is none.
     """
-    if device == "CPU":
+    if device != "CUDA":
         compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("c++") or ""]
         if not compiler[0]:
             raise RuntimeError("there is no C++ compiler (g++) on the PATH")
         return compiler
-    if torch.version.cuda is None:
+    if _torch().version.cuda is None:
         raise RuntimeError("this torch is built without CUDA")
     nvcc = find_nvcc()
     if nvcc is None:
@@ -93,19 +109,21 @@ def compiler_of(device: str) -> list[str]:
 
 
 def compile_library(device: str, library: Path) -> None:
-    """Compile the sources for "CPU" or "CUDA" into `library`, which appears whole or not at all.
+    """Compile the sources of a target into `library`, which appears whole or not at all.
 
     Raises:
         RuntimeError: there is no compiler, or it reports an error (with its first line).
         OSError: the compiler cannot be started, or the folder not be written.
     """
     compiler, target = compiler_of(device), TARGETS[device]
-    root = Path(torch.__file__).parent
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as temporary:
         made = Path(temporary) / library.name
-        command = [*compiler, *target.flags, f"-I{root / 'include'}", "-o", str(made), str(HERE / target.source), f"-L{root / 'lib'}"]
-        done = subprocess.run([*command, "-ltorch", "-ltorch_cpu", "-lc10"], capture_output=True, text=True, check=False)
+        command = [*compiler, *target.flags, "-o", str(made), str(HERE / target.source)]
+        if target.with_torch:
+            root = Path(_torch().__file__).parent
+            command += [f"-I{root / 'include'}", f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no message"]
             raise RuntimeError(f"{compiler[0]} failed: {lines[0]}")
@@ -122,15 +140,48 @@ def is_whole(library: Path) -> bool:
     return hashlib.sha256(data[:-32]).digest() == data[-32:]
 
 
+def find_library(name: str) -> Path | None:
+    """The compiled library of a target, as installed or as cached; None if there is none that is whole."""
+    file_name = library_name(TARGETS[name])
+    if is_whole(HERE / file_name):
+        return HERE / file_name
+    cached = _cache() / file_name
+    return cached if is_whole(cached) else None
+
+
+def library(name: str) -> Path:
+    """The library of a target, compiled now if need be.
+
+    Raises:
+        RuntimeError, OSError: see `compile_library`.
+    """
+    found = find_library(name)
+    if found is None:
+        compiler_of(name)  # before saying that it compiles
+        found = _cache() / library_name(TARGETS[name])
+        logger.info("compiling %s (once)", TARGETS[name].source)
+        compile_library(name, found)
+    return found
+
+
+def _cache() -> Path:
+    """The user's cache.
+
+    Raises:
+        RuntimeError: this process has no home folder.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "t2v_ds"
+
+
 def main() -> None:
     """Compile what is named: all that can be, unless asked for less."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("devices", nargs="*", metavar="cpu|cuda")
+    parser.add_argument("devices", nargs="*", metavar="cpu|cuda|gif|clips")
     parser.add_argument("--into", type=Path, default=HERE)
     flags = parser.parse_args()
     for device in [one.upper() for one in flags.devices] or list(TARGETS):
         if device not in TARGETS:
-            parser.error(f"{device.lower()} is not a target; use cpu or cuda")
+            parser.error(f"{device.lower()} is not a target; use {', '.join(TARGETS).lower()}")
         try:
             compile_library(device, flags.into / library_name(TARGETS[device]))
         except (OSError, RuntimeError) as error:

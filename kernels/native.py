@@ -1,11 +1,7 @@
-"""Finds or compiles the operators `torch.ops.t2v_vq` and loads them.
-
-    built with the package (setup.py)  -> load
-    else: sources, flags, torch's version -> a name -> in the cache: load; else compile into it -> load
+"""Loads the operators `torch.ops.t2v_vq`, which `build.py` finds or compiles.
 
 The CPU's library holds code for every kind of processor and chooses when it runs, so that a cache that nodes share serves them
-all. The GPU's is compiled where torch sees a GPU and nvcc is found. Ranks that start together may each compile; the renaming
-makes whichever comes last harmless, and a kill leaves no lock behind.
+all. The GPU's is compiled where torch sees a GPU and nvcc is found.
 """
 
 from __future__ import annotations
@@ -13,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 from functools import cache
-from pathlib import Path
 
 import torch
 
@@ -44,36 +39,7 @@ def _load(device: str) -> str:
     if os.environ.get(SWITCH) == "reference":
         return f"{SWITCH}=reference"
     try:
-        torch.ops.load_library(str(_library(device)))
+        torch.ops.load_library(str(build.library(device)))
     except (OSError, RuntimeError) as error:
         return " ".join(str(error).split())[:300]
     return ""
-
-
-def find_library(device: str) -> Path | None:
-    """The compiled library of these sources for "CPU" or "CUDA", as installed or as cached; None if there is none that is whole."""
-    name = build.library_name(build.TARGETS[device])
-    if build.is_whole(build.HERE / name):
-        return build.HERE / name
-    cached = _cache() / name
-    return cached if build.is_whole(cached) else None
-
-
-def _cache() -> Path:
-    """The user's cache.
-
-    Raises:
-        RuntimeError: this process has no home folder.
-    """
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "t2v_ds"
-
-
-def _library(device: str) -> Path:
-    """The library for a device, compiled now if need be."""
-    library = find_library(device)
-    if library is None:
-        build.compiler_of(device)  # before saying that it compiles
-        library = _cache() / build.library_name(build.TARGETS[device])
-        logger.info("compiling %s (once)", build.TARGETS[device].source)
-        build.compile_library(device, library)
-    return library

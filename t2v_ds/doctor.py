@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from t2v_ds.kernels import build, native
+from t2v_ds.kernels import build
 
 Row = tuple[Literal["ok", "missing", "note"], str, str]
 
@@ -168,14 +168,19 @@ def _compilers() -> Iterator[Row]:
 
 
 def _kernels() -> Iterator[Row]:
-    for device in ("CPU", "CUDA") if torch.cuda.is_available() else ("CPU",):
-        library = native.find_library(device)
+    exact = "plain torch, exact as well but slower"
+    names = {"CPU": ("CPU kernel", exact), "CUDA": ("CUDA kernel", exact)}
+    names |= {"GIF": ("GIF reader", "Pillow, the same frames but slower"), "CLIPS": ("shard reader", "Python, the same bytes but slower")}
+    if not torch.cuda.is_available():
+        del names["CUDA"]
+    for name, (what, instead) in names.items():
+        library = build.find_library(name)
         try:
-            build.compiler_of(device)
+            build.compiler_of(name)
             otherwise = "compiled at the first use"
         except RuntimeError as error:
-            otherwise = f"plain torch, exact as well but slower: {error}"
-        yield ("ok" if library else "note"), f"{device} kernel", str(library or otherwise)
+            otherwise = f"{instead}: {error}"
+        yield ("ok" if library else "note"), what, str(library or otherwise)
 
 
 def _video() -> Iterator[Row]:

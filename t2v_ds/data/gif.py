@@ -2,7 +2,10 @@
 
     bytes -> walk the blocks (nothing is decoded or allocated yet): sizes, number of frames, delays, disposal
           -> reject what is not a GIF, cut off, too large, too short or too long
-          -> frame by frame: LZW by Pillow -> drawn on a white canvas -> resized -> frames [T, S, S, 3] uint8
+          -> frame by frame: LZW -> drawn on a white canvas -> resized -> frames [T, S, S, 3] uint8
+
+The compiled decoder (`kernels/gif.cpp`) does this for files that are whole and usual. All others, and all where nothing is
+compiled, go the slow way written here, with Pillow for LZW: it gives the same frames, and knows why a file is rejected.
 
 Why the blocks are walked and the frames composed here and not by Pillow: Pillow keeps a frame's disposal mode for the
 frames after it, and disposes to an opaque background colour where every browser shows the page. A pixel of a GIF is
@@ -22,6 +25,7 @@ import numpy as np
 from PIL import Image
 
 from t2v_ds.data.video import check_frames, contact_sheet, write_mp4
+from t2v_ds.kernels import gif as compiled
 
 __all__ = [
     "DecodedGif",
@@ -119,12 +123,12 @@ class _Reader:
         return first
 
 
-def parse_gif(data: bytes, max_pixels: int = MAX_PIXELS) -> GifBlocks:
+def parse_gif(data: bytes, max_pixels: int = MAX_PIXELS, require_trailer: bool = True) -> GifBlocks:
     """Walk the blocks of a GIF without decoding a pixel.
 
     Raises:
-        RejectedClip: "not_a_gif", "truncated" (also without the trailer: a tail may be missing), "undecodable", or
-            "too_large" when the screen or an image declares more than `max_pixels`.
+        RejectedClip: "not_a_gif", "truncated" (with `require_trailer` also where only the trailer is missing: a tail may be, too),
+            "undecodable", or "too_large" when the screen or an image declares more than `max_pixels`.
     """
     if not data:
         raise RejectedClip("not_a_gif", "the file is empty")
@@ -138,7 +142,10 @@ def parse_gif(data: bytes, max_pixels: int = MAX_PIXELS) -> GifBlocks:
     images: list[GifImage] = []
     loops: int | None = None
     control = (0, 0, -1)  # delay in ms, disposal, transparent index: of the next image only
-    while (kind := reader.byte()) != _TRAILER:
+    while require_trailer or reader.at < len(data):
+        kind = reader.byte()
+        if kind == _TRAILER:
+            break
         if kind == _EXTENSION:
             label = reader.byte()
             start = reader.at
@@ -187,7 +194,15 @@ def _check_pixels(width: int, height: int, max_pixels: int, what: str) -> None:
         raise RejectedClip("too_large", f"{what} declares {width} x {height} pixels; at most {max_pixels} are decoded")
 
 
-def decode_gif(data: bytes, max_frames: int, max_pixels: int = MAX_PIXELS, *, size: int | None = None, min_frames: int = 1) -> DecodedGif:
+def decode_gif(
+    data: bytes,
+    max_frames: int,
+    max_pixels: int = MAX_PIXELS,
+    *,
+    size: int | None = None,
+    min_frames: int = 1,
+    require_trailer: bool = True,
+) -> DecodedGif:
     """Decode a GIF as a browser shows it on a white page.
 
     Args:
@@ -195,11 +210,36 @@ def decode_gif(data: bytes, max_frames: int, max_pixels: int = MAX_PIXELS, *, si
         max_frames: more are rejected as "too_long", fewer than `min_frames` as "too_short", before decoding.
         max_pixels: largest canvas; without `size`, also the largest T * H * W.
         size: resize each frame to size x size as soon as it is composed; None: keep the canvas's size.
+        require_trailer: reject as "truncated" a file that ends without the trailer. A browser shows such a file, but then a file that
+            was cut between two frames is shown as well: allow it for files that are known to be whole.
 
     Raises:
         RejectedClip: not_a_gif, truncated, undecodable, too_large, too_short, too_long.
     """
-    blocks = parse_gif(data, max_pixels)
+    return (
+        _decode_compiled(data, max_frames, max_pixels, size, min_frames, require_trailer)
+        or _decode_slowly(data, max_frames, max_pixels, size, min_frames, require_trailer)
+    )  # fmt: skip
+
+
+def _decode_compiled(
+    data: bytes, max_frames: int, max_pixels: int, size: int | None, min_frames: int, require_trailer: bool
+) -> DecodedGif | None:
+    """By the compiled decoder; None for whatever it leaves to the slow way."""
+    shape = compiled.shape(data, max_pixels, require_trailer)
+    if shape is None or not min_frames <= shape[0] <= max_frames:
+        return None
+    count, height, width = shape
+    if not height or not width or (size is None and count * height * width > max_pixels):
+        return None
+    frames = np.empty((count, size or height, size or width, 3), dtype=np.uint8)  # [T, H, W, 3]
+    delays = compiled.decode(data, max_pixels, frames, size is not None, require_trailer)
+    return None if delays is None else DecodedGif(frames, delays.tolist(), width, height)
+
+
+def _decode_slowly(data: bytes, max_frames: int, max_pixels: int, size: int | None, min_frames: int, require_trailer: bool) -> DecodedGif:
+    """By Pillow; raises as `decode_gif` does."""
+    blocks = parse_gif(data, max_pixels, require_trailer)
     count = len(blocks.images)
     if count < min_frames:
         raise RejectedClip("too_short", f"{count} frames; at least {min_frames}")

@@ -2,6 +2,7 @@
 
     clip -> members {"frames.npy" | "codes.npy", "json"} -> write_shard: NAME.tar, then NAME.index.json -> Manifest
     folder -> ShardDataset: manifest + indexes -> read(i): pread, checksum -> arrays and caption
+                                               -> read_codes, read_frames: many clips or single frames at once, into one buffer
 
 The tars are plain ustar with no times, owners or extended headers, so the same clips give the same bytes, and any
 tar program and the `webdataset` package read them. A shard is whole once its index exists, which is written after it.
@@ -9,22 +10,26 @@ tar program and the `webdataset` package read them. A shard is whole once its in
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import io
 import json
+import math
 import os
 import tarfile
 import threading
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import numpy as np
 
 from t2v_ds.data.manifest import MANIFEST, STAGES, Manifest, ShardInfo, digest_of
 from t2v_ds.errors import DataError
 from t2v_ds.files import rename_durably, write_atomically
+from t2v_ds.kernels.clips import DAMAGED, FILE_ENDS, OTHER_HEAD, Pieces
 
 __all__ = [
     "Manifest",
@@ -40,9 +45,11 @@ __all__ = [
 ]
 
 ARRAYS = {"raw": "frames", "tokens": "codes"}  # the array of a clip of each kind
-_DTYPES = {"raw": np.dtype(np.uint8), "tokens": np.dtype(np.uint16)}
+_DTYPES: dict[str, np.dtype[Any]] = {"raw": np.dtype(np.uint8), "tokens": np.dtype(np.uint16)}
 _INDEX_FORMAT = "t2v_ds.index/1"
-_OPEN_FILES = 512  # shards kept open; the rest are opened for each read
+_OPEN_FILES = 512  # shards kept open when there are more
+_CLOSED = -1
+_HEAD = 128  # bytes before the numbers in a .npy file of ours
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
@@ -97,6 +104,8 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]
         for key, members in samples:
             text = json.loads(members["json"])
             clip: dict[str, Any] = {"key": key, "frames": text["frames"], "caption": text["caption"], "members": {}}
+            if frames := members.get("frames.npy"):
+                clip["frame_crcs"] = _frame_crcs(frames, text["frames"])
             for name, payload in members.items():
                 write(_tar_header(f"{key}.{name}", len(payload)))
                 clip["members"][name] = [file.tell(), len(payload), zlib.crc32(payload)]
@@ -112,6 +121,21 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]
     index = {"format": _INDEX_FORMAT, "shard": path.name, "bytes": size, "sha256": digest.hexdigest(), "chunk": chunk, "clips": clips}
     write_atomically(index_path(path), (json.dumps(index) + "\n").encode())
     return load_shard_info(path)
+
+
+def _frame_crcs(payload: bytes, count: int) -> str:
+    """CRC-32 of each frame of a .npy file, little-endian, in hex: so that a frame can be read alone."""
+    body = memoryview(payload)[len(payload) - _array_bytes(payload) :]
+    size = len(body) // count if count else 0
+    return b"".join(zlib.crc32(body[t * size : (t + 1) * size]).to_bytes(4, "little") for t in range(count)).hex()
+
+
+def _array_bytes(payload: bytes) -> int:
+    """Bytes of a .npy file behind its header."""
+    file = io.BytesIO(payload[:1024])
+    np.lib.format.read_magic(file)
+    np.lib.format.read_array_header_1_0(file)
+    return len(payload) - file.tell()
 
 
 def _tar_header(name: str, size: int) -> bytes:
@@ -182,6 +206,19 @@ def _check_size(path: Path, expected: int, stage: str) -> None:
         raise DataError(f"shard {path} has {size} bytes instead of {expected}: restore it, or make the folder again with {stage}")
 
 
+class Buffer:
+    """Memory that is used again and again: it grows to the largest that was asked for."""
+
+    def __init__(self) -> None:
+        self._memory = np.empty(0, dtype=np.uint8)
+
+    def take(self, size: int) -> np.ndarray:
+        """`size` bytes, uint8; what they held before is overwritten."""
+        if size > len(self._memory):
+            self._memory = np.empty(size, dtype=np.uint8)
+        return self._memory[:size]
+
+
 class ShardDataset:
     """Random access to the clips of a folder of shards; safe to read from many threads.
 
@@ -195,6 +232,7 @@ class ShardDataset:
         shards: the ones opened, in order.
         shard_ranges: for each of them, the range of its clips' numbers here.
         lengths: frames of each clip, int64 [N].
+        frame_shape: of one frame: (S, S, 3), or (h, w) of codes.
 
     Raises:
         DataError: folder, manifest, index or shard missing, of the wrong kind or size, or changed since it was made.
@@ -209,23 +247,42 @@ class ShardDataset:
             raise DataError(f"{folder} has no chunk {chunk}; it has chunks {chunks}")
         self._keys: list[str] = []
         self._captions: list[str] = []
-        self._shard_of: list[int] = []
+        shards_of: list[int] = []
         self.shard_ranges: list[range] = []
         members: list[list[list[int]]] = []  # a clip's [[offset, size, crc32] of the array, [...] of the text]
+        self._frame_crcs: list[str] = []  # as `_frame_crcs` wrote them; empty in shards that others wrote
         lengths: list[int] = []
         for number, shard in enumerate(self.shards):
             first = len(self._keys)
             for clip in self._clips_of(shard):
                 self._keys.append(clip["key"])
                 self._captions.append(clip["caption"])
-                self._shard_of.append(number)
+                shards_of.append(number)
                 lengths.append(clip["frames"])
                 members.append([clip["members"][f"{ARRAYS[kind]}.npy"], clip["members"]["json"]])
+                self._frame_crcs.append(clip.get("frame_crcs", ""))
             self.shard_ranges.append(range(first, len(self._keys)))
         self.lengths = np.array(lengths, dtype=np.int64)  # [N]
-        self._members = np.array(members, dtype=np.int64).reshape(-1, 2, 3)
-        self._files: dict[int, int] = {}  # shard -> descriptor, until close()
+        self._shards_of = np.array(shards_of, dtype=np.int64)  # [N]
+        self._files = np.full(len(self.shards), _CLOSED, dtype=np.int32)  # a descriptor a shard
+        table = np.array(members, dtype=np.int64).reshape(-1, 2, 3)
+        self._whole, self._texts = (Pieces(self._files, *self._columns(table[:, m])) for m in range(2))
+        side = self.manifest.image_size if kind == "raw" else self.manifest.grid_size
+        self.frame_shape = (side, side, 3) if kind == "raw" else (side, side)
+        self._frame_bytes = math.prod(self.frame_shape) * _DTYPES[kind].itemsize
+        # As `npy_bytes` writes them, so that arrays can be read without parsing.
+        self._is_plain = bool((table[:, 0, 1] == _HEAD + self.lengths * self._frame_bytes).all())
+        if self._is_plain:
+            heads = np.zeros((int(self.lengths.max(initial=0)) + 1, _HEAD), dtype=np.uint8)  # of an array of so many frames
+            for length in set(lengths):
+                heads[length] = np.frombuffer(self._head(length), dtype=np.uint8)
+            self._arrays = Pieces(self._files, *self._columns(table[:, 0]), self.lengths.astype(np.int32), heads)
+        self._readers = np.zeros(len(self.shards), dtype=np.int64)  # reads under way in a shard, where not all stay open
         self._lock = threading.Lock()
+
+    def _columns(self, table: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The columns of `Pieces` from [offset, size, crc32] of a piece a clip."""
+        return (self._shards_of.astype(np.int32), *(table[:, c].astype(dtype) for c, dtype in enumerate((np.int64, np.int64, np.uint32))))
 
     def _clips_of(self, shard: ShardInfo) -> list[dict[str, Any]]:
         path = self.folder / shard.name
@@ -254,6 +311,14 @@ class ShardDataset:
         """The caption of clip `i`, without reading the shard."""
         return self._captions[i]
 
+    def keys(self, numbers: np.ndarray) -> list[str]:
+        """The names of many clips."""
+        return [self._keys[i] for i in numbers.tolist()]
+
+    def captions(self, numbers: np.ndarray) -> list[str]:
+        """The captions of many clips, without reading the shards."""
+        return [self._captions[i] for i in numbers.tolist()]
+
     def read(self, i: int) -> dict[str, Any]:
         """Read clip `i`.
 
@@ -266,7 +331,7 @@ class ShardDataset:
         """
         if not 0 <= i < len(self):
             raise IndexError(f"clip {i} of {len(self)}")
-        array, text = (self._payload(i, m) for m in range(2))
+        array, text = self._payload(i, self._whole), self._payload(i, self._texts)
         sample = json.loads(text)
         provenance = sample["provenance"]
         clip = {"key": self._keys[i], "caption": sample["caption"], "durations_ms": sample["durations_ms"], "provenance": provenance}
@@ -275,30 +340,118 @@ class ShardDataset:
         clip[ARRAYS[self.kind]] = self._array(i, array)
         return clip
 
-    def _payload(self, i: int, member: int) -> bytes:
-        offset, size, crc = (int(n) for n in self._members[i, member])
-        shard = self._shard_of[i]
-        # pread and not mmap: a mapped file that is cut afterwards kills the process.
-        try:
-            data = self._pread(shard, size, offset)
-        except OSError as error:
-            raise DataError(f"shard {self.folder / self.shards[shard].name} cannot be read: {error.strerror or error}") from error
-        if len(data) != size or zlib.crc32(data) != crc:
-            raise DataError(
-                f"clip {self._keys[i]} of shard {self.folder / self.shards[shard].name} is damaged (its checksum differs): "
-                f"restore the shard, or remove {self.folder} and make it again with {STAGES[self.kind]}"
-            )
-        return data
+    def read_codes(self, numbers: np.ndarray, buffer: Buffer) -> np.ndarray:
+        """Read the codes of many clips at once.
 
-    def _pread(self, shard: int, size: int, offset: int) -> bytes:
+        Args:
+            numbers: int64 [B], of the clips.
+            buffer: that the codes are read into.
+
+        Returns:
+            uint16 [T of all clips, h, w], one clip after another: a view of the buffer.
+
+        Raises:
+            DataError: as `read`.
+        """
+        if not self._is_plain:
+            return np.concatenate([self.read(int(i))["codes"] for i in numbers])
+        out = buffer.take(int(self.lengths[numbers].sum()) * self._frame_bytes)
+        self._read_pieces(self._arrays, numbers, numbers, out)
+        return out.view(np.uint16).reshape(-1, *self.frame_shape)
+
+    def read_frames(self, numbers: np.ndarray, frames: Sequence[np.ndarray], buffer: Buffer) -> np.ndarray:
+        """Read some frames of each of many clips, and nothing else of them.
+
+        Args:
+            numbers: int64 [B], of the clips.
+            frames: for each, the numbers of its frames.
+            buffer: that the frames are read into.
+
+        Returns:
+            uint8 [frames of all clips, S, S, 3], one clip after another: a view of the buffer.
+
+        Raises:
+            DataError: as `read`.
+        """
+        if not self._is_plain or not all(self._frame_crcs[i] for i in numbers):
+            return np.concatenate([self.read(int(i))["frames"][some] for i, some in zip(numbers, frames, strict=True)])
+        clips, wanted = np.repeat(numbers, [len(some) for some in frames]), np.concatenate(frames)
+        crcs = [np.frombuffer(bytes.fromhex(self._frame_crcs[i]), dtype="<u4")[some] for i, some in zip(numbers, frames, strict=True)]
+        starts = self._whole.offsets[clips] + _HEAD + wanted * self._frame_bytes
+        sizes = np.full(len(clips), self._frame_bytes, dtype=np.int64)
+        pieces = Pieces(self._files, self._whole.files[clips], starts, sizes, np.concatenate(crcs).astype(np.uint32))
+        out = buffer.take(len(clips) * self._frame_bytes)
+        self._read_pieces(pieces, np.arange(len(clips)), clips, out)
+        return out.reshape(-1, *self.frame_shape)
+
+    def _payload(self, i: int, pieces: Pieces) -> bytes:
+        out = np.empty(pieces.sizes[i], dtype=np.uint8)
+        self._read_pieces(pieces, np.array([i]), np.array([i]), out)
+        return out.tobytes()
+
+    def _read_pieces(self, pieces: Pieces, numbers: np.ndarray, clips: np.ndarray, out: np.ndarray) -> None:
+        """Read pieces, which are of the clips `clips`."""
+        if len(self.shards) > _OPEN_FILES:
+            with self._pinned(np.unique(self._shards_of[clips])):
+                place, status = pieces.read(numbers, out)
+        else:
+            place, status = pieces.read(numbers, out)
+            if status == errno.EBADF:  # a shard that is not open yet
+                with self._lock:
+                    self._open(np.unique(self._shards_of[clips]))
+                place, status = pieces.read(numbers, out)
+        if status:
+            self._fail(int(clips[place]), status)
+
+    @contextlib.contextmanager
+    def _pinned(self, shards: np.ndarray) -> Iterator[None]:
+        """These shards are open meanwhile, and only as many others as may be."""
         with self._lock:
-            if shard not in self._files and len(self._files) < _OPEN_FILES:
-                self._files[shard] = os.open(self.folder / self.shards[shard].name, os.O_RDONLY)
-            descriptor = self._files.get(shard)
-        if descriptor is not None:
-            return os.pread(descriptor, size, offset)
-        with (self.folder / self.shards[shard].name).open("rb") as file:
-            return os.pread(file.fileno(), size, offset)
+            self._readers[shards] += 1
+            try:
+                idle = ((self._files != _CLOSED) & (self._readers == 0)).nonzero()[0]
+                self._shut(idle[: max(0, int((self._files != _CLOSED).sum()) + len(shards) - _OPEN_FILES)])
+                self._open(shards)
+            except BaseException:
+                self._readers[shards] -= 1
+                raise
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._readers[shards] -= 1
+
+    def _open(self, shards: np.ndarray) -> None:
+        for shard in shards[self._files[shards] == _CLOSED]:
+            path = self.folder / self.shards[shard].name
+            try:
+                self._files[shard] = os.open(path, os.O_RDONLY)
+            except OSError as error:
+                raise DataError(f"shard {path} cannot be read: {error.strerror or error}") from error
+
+    def _shut(self, shards: np.ndarray) -> None:
+        for shard in shards:
+            os.close(self._files[shard])
+            self._files[shard] = _CLOSED
+
+    def _fail(self, i: int, status: int) -> NoReturn:
+        path = self.folder / self.shards[self._shards_of[i]].name
+        if status == OTHER_HEAD:
+            self._array(i, self._payload(i, self._whole))  # raises, and says what it holds
+        if status not in (FILE_ENDS, DAMAGED):
+            raise DataError(f"shard {path} cannot be read: {os.strerror(status)}")
+        why = "the shard ends before it" if status == FILE_ENDS else "its checksum differs"
+        raise DataError(
+            f"clip {self._keys[i]} of shard {path} is damaged ({why}): "
+            f"restore the shard, or remove {self.folder} and make it again with {STAGES[self.kind]}"
+        )
+
+    def _head(self, length: int) -> bytes:
+        """The header of the .npy file of a clip."""
+        file = io.BytesIO()
+        header = {"descr": _DTYPES[self.kind].str, "fortran_order": False, "shape": (length, *self.frame_shape)}
+        np.lib.format.write_array_header_1_0(file, header)
+        return file.getvalue()
 
     def _array(self, i: int, data: bytes) -> np.ndarray:
         file = io.BytesIO(data)
@@ -327,9 +480,7 @@ class ShardDataset:
     def close(self) -> None:
         """Close the shards."""
         with self._lock:
-            for descriptor in self._files.values():
-                os.close(descriptor)
-            self._files.clear()
+            self._shut((self._files != _CLOSED).nonzero()[0])
 
     def __enter__(self) -> Self:
         return self

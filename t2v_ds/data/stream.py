@@ -1,31 +1,47 @@
 """Order + shards -> the batches of one rank, for ever, with a position that can be saved.
 
     consumed (samples of the whole run) -> order.batch_positions -> (epoch, index) of this rank's next samples
-      -> threads: dataset.read(index) -> load(sample, rng of (seed, epoch, index))    [bounded look-ahead]
-      -> next(): `micro_batch` loaded samples, in order
+      -> threads: load(dataset, places of a micro-batch, ring buffer)    [a micro-batch a thread, and one ahead]
+      -> next(): what it returned, in order
+
+Threads and buffers that are used again, and not worker processes: a batch is not copied from one process to another.
 
 Only samples handed over count as consumed, never those prefetched, so a restart repeats and misses nothing.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 import numpy as np
-import torch
 
-from t2v_ds.data.order import batch_positions, sample_at, sample_rng
+from t2v_ds.data.order import batch_positions, global_order, sample_rng
+from t2v_ds.data.shards import Buffer
 from t2v_ds.errors import ConfigError, DataError
 
-Sample = dict[str, Any]
-Load = Callable[[Sample, np.random.Generator], Sample]
+Batch = Any  # whatever a load function returns
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """The samples of a micro-batch: epochs and numbers of clips, both int64 [B]."""
+
+    epochs: np.ndarray
+    numbers: np.ndarray
+    seed: int
+
+    def rngs(self) -> list[np.random.Generator]:
+        """For each, random numbers that are the same in this epoch on whatever rank or thread it is loaded."""
+        return [sample_rng(self.seed, epoch, i) for epoch, i in zip(self.epochs.tolist(), self.numbers.tolist(), strict=True)]
 
 
 class Dataset(Protocol):
-    """What a stream needs of a data set (`shards.ShardDataset` is one)."""
+    """What a stream needs of a data set (`shards.ShardDataset` is one); what is read of it is up to the load function."""
 
     @property
     def digest(self) -> str:
@@ -33,20 +49,68 @@ class Dataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, i: int) -> Sample:
-        """Return clip `i`; must be thread-safe."""
+
+Load = Callable[[Any, Places, Buffer], Batch]  # of a data set; runs in the threads
 
 
-def whole_sample(sample: Sample, rng: np.random.Generator) -> Sample:
-    """The load function that changes nothing."""
-    return sample
+def whole_samples(dataset: Any, places: Places, buffer: Buffer) -> list[dict[str, Any]]:
+    """A load function: `dataset.read` of each."""
+    return [dataset.read(i) for i in places.numbers.tolist()]
+
+
+def whole_codes(dataset: Any, places: Places, buffer: Buffer) -> dict[str, Any]:
+    """A load function for tokens.
+
+    Returns:
+        "codes": uint16 [T of all clips, h, w], one clip after another; "lengths": int64 [B] frames; "captions", "keys": lists of B.
+    """
+    return {
+        "codes": dataset.read_codes(places.numbers, buffer),
+        "lengths": dataset.lengths[places.numbers],
+        "captions": dataset.captions(places.numbers),
+        "keys": dataset.keys(places.numbers),
+    }
+
+
+def random_frames(count: int) -> Load:
+    """A load function that reads `count` random frames of each clip, repeating some only where the clip is shorter.
+
+    Its batches: "frames": uint8 [B * count, S, S, 3], each clip's in order of time; "keys": list of B.
+    """
+
+    def load(dataset: Any, places: Places, buffer: Buffer) -> dict[str, Any]:
+        lengths = dataset.lengths[places.numbers].tolist()
+        frames = [_choose(length, count, rng) for length, rng in zip(lengths, places.rngs(), strict=True)]
+        return {"frames": dataset.read_frames(places.numbers, frames, buffer), "keys": dataset.keys(places.numbers)}
+
+    return load
+
+
+def _choose(length: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Numbers of `count` frames of `length`, in order: int64 [count]."""
+    return np.sort(rng.choice(length, size=count, replace=count > length))
+
+
+class RingBuffers:
+    """Buffers that are taken in turn, so that a run's memory is that of a few batches however long it takes."""
+
+    def __init__(self, count: int) -> None:
+        self._buffers = [Buffer() for _ in range(count)]
+        self._next = 0
+
+    def next(self) -> Buffer:
+        """The one that was taken longest ago."""
+        buffer = self._buffers[self._next]
+        self._next = (self._next + 1) % len(self._buffers)
+        return buffer
 
 
 class ClipStream:
     """Endless micro-batches of one rank; the same global order whatever the world size, threads and restarts.
 
     Step after step takes `batch` samples of the order: rank r the r-th of `world_size` equal slices, in micro-batches
-    of `micro_batch`. `next()` returns one micro-batch, so a step is `micro_steps` calls of `next()`.
+    of `micro_batch`. `next()` returns one micro-batch, so a step is `micro_steps` calls of `next()`. Arrays in it may lie in buffers
+    that are used again: they hold until `next()` has been called two more times.
 
     Args:
         dataset: where samples are read.
@@ -54,7 +118,7 @@ class ClipStream:
         rank, world_size: of this process.
         seed: of the order and of each sample's random numbers.
         threads: that read ahead; 0: read in `next()`.
-        load: turns a sample as read into what `next()` returns; runs in the threads.
+        load: reads the samples of a micro-batch and makes of them what `next()` returns; runs in the threads.
         micro_batch: samples of one `next()`; None: the rank's whole share of a step.
 
     Raises:
@@ -70,7 +134,7 @@ class ClipStream:
         world_size: int = 1,
         seed: int = 0,
         threads: int = 1,
-        load: Load = whole_sample,
+        load: Load = whole_samples,
         micro_batch: int | None = None,
     ) -> None:
         if batch < 1 or batch % world_size:
@@ -88,8 +152,9 @@ class ClipStream:
         self.micro_batch, self.micro_steps = micro_batch, share // micro_batch
         self._share = share
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="clips") if threads > 0 else None
-        self._ahead = 2 * micro_batch + threads  # samples that wait or are being read
-        self._waiting: deque[Future[Sample]] = deque()
+        self._ahead = threads + 1  # micro-batches that wait or are being read
+        self._waiting: deque[Future[Batch]] = deque()
+        self._buffers = RingBuffers(self._ahead + 2)
         self._consumed = 0  # samples of the whole run, in finished steps
         self._micro = 0  # micro-batches of the current step handed over
         self._positions = self._rank_positions()
@@ -107,14 +172,14 @@ class ClipStream:
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> list[Sample]:
-        """The next micro-batch: `micro_batch` loaded samples.
+    def __next__(self) -> Batch:
+        """The next micro-batch, as `load` made it.
 
         Raises:
             DataError: a sample is damaged. The position does not move.
         """
         try:
-            samples = [self._next_sample() for _ in range(self.micro_batch)]
+            batch = self._next_batch()
         except BaseException:
             self._restart()
             raise
@@ -122,7 +187,7 @@ class ClipStream:
         if self._micro == self.micro_steps:
             self._micro = 0
             self._consumed += self.batch
-        return samples
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
         """The position at the start of the current step; the same on every rank, and valid for any world size."""
@@ -170,15 +235,21 @@ class ClipStream:
             yield from batch_positions(consumed, self.rank, self.world_size, self._share)[skip:]
             consumed, skip = consumed + self.batch, 0
 
-    def _read(self, epoch: int, index: int) -> Sample:
-        return self.load(self.dataset.read(index), sample_rng(self.seed, epoch, index))
+    def _next_places(self) -> Places:
+        size = len(self.dataset)
+        positions = np.fromiter(itertools.islice(self._positions, self.micro_batch), dtype=np.int64)
+        epochs, rest = np.divmod(positions, size)
+        numbers = np.empty_like(rest)
+        for epoch in {int(epochs[0]), int(epochs[-1])} if epochs[-1] - epochs[0] < 2 else set(epochs.tolist()):
+            here = epochs == epoch
+            numbers[here] = global_order(self.seed, epoch, size)[rest[here]]
+        return Places(epochs, numbers, self.seed)
 
-    def _next_sample(self) -> Sample:
+    def _next_batch(self) -> Batch:
         if self._executor is None:
-            return self._read(*sample_at(self.seed, next(self._positions), len(self.dataset)))
+            return self.load(self.dataset, self._next_places(), self._buffers.next())
         while len(self._waiting) < self._ahead:
-            place = sample_at(self.seed, next(self._positions), len(self.dataset))
-            self._waiting.append(self._executor.submit(self._read, *place))
+            self._waiting.append(self._executor.submit(self.load, self.dataset, self._next_places(), self._buffers.next()))
         return self._waiting.popleft().result()
 
     def _restart(self) -> None:
@@ -186,40 +257,6 @@ class ClipStream:
         self._positions = self._rank_positions()
 
     def _drop_waiting(self) -> None:
-        for future in self._waiting:
-            future.cancel()
+        running = [future for future in self._waiting if not future.cancel()]
+        wait(running)  # their buffers will be used again
         self._waiting.clear()
-
-
-def random_frames(count: int) -> Load:
-    """A load function that keeps `count` random frames of a clip, repeating some only where the clip is shorter."""
-
-    def load(sample: Sample, rng: np.random.Generator) -> Sample:
-        frames = sample["frames"]  # [T, S, S, 3]
-        chosen = rng.choice(len(frames), size=count, replace=count > len(frames))
-        return {**sample, "frames": frames[np.sort(chosen)]}
-
-    return load
-
-
-def frames_batch(samples: list[Sample]) -> dict[str, torch.Tensor]:
-    """Join the frames of all samples: {"frames": uint8 [N, S, S, 3]}."""
-    return {"frames": torch.from_numpy(np.concatenate([sample["frames"] for sample in samples]))}
-
-
-def codes_batch(samples: list[Sample]) -> dict[str, Any]:
-    """Join token clips of different lengths.
-
-    Returns:
-        "codes": int64 [B, Tmax, h, w], 0 past a clip's end; "lengths": int64 [B] frames; "captions", "keys": lists of B.
-    """
-    lengths = [len(sample["codes"]) for sample in samples]
-    codes = np.zeros((len(samples), max(lengths), *samples[0]["codes"].shape[1:]), dtype=np.int64)
-    for row, sample in zip(codes, samples, strict=True):
-        row[: len(sample["codes"])] = sample["codes"]
-    return {
-        "codes": torch.from_numpy(codes),
-        "lengths": torch.tensor(lengths, dtype=torch.int64),
-        "captions": [sample["caption"] for sample in samples],
-        "keys": [sample["key"] for sample in samples],
-    }

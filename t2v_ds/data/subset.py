@@ -1,8 +1,8 @@
 """Parts of a data set, by clip number: what is held out of training, and every chunk as often as every other.
 
-    dataset -> held_out(dataset, share)      -> numbers of the clips kept from training, by a hash of their keys
-            -> Selection(dataset, numbers)   -> a data set of those clips, in that order
-    chunks  -> balanced(numbers by chunk)    -> every chunk's clips, the smaller chunks' repeated
+dataset -> held_out(dataset, share)      -> numbers of the clips kept from training, by a hash of their keys
+        -> Selection(dataset, numbers)   -> a data set of those clips, in that order
+chunks  -> balanced(numbers by chunk)    -> every chunk's clips, the smaller chunks' repeated
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from t2v_ds.data.shards import ShardDataset
+from t2v_ds.data.shards import Buffer, ShardDataset
 from t2v_ds.errors import ConfigError
 
 
@@ -35,6 +35,27 @@ class Selection:
     def read(self, i: int) -> dict[str, Any]:
         """Read clip `i` of the selection; see `ShardDataset.read`."""
         return self.dataset.read(int(self.numbers[i]))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Frames of each clip: int64 [N]."""
+        return self.dataset.lengths[self.numbers]
+
+    def keys(self, numbers: np.ndarray) -> list[str]:
+        """The names of many clips."""
+        return self.dataset.keys(self.numbers[numbers])
+
+    def captions(self, numbers: np.ndarray) -> list[str]:
+        """The captions of many clips."""
+        return self.dataset.captions(self.numbers[numbers])
+
+    def read_codes(self, numbers: np.ndarray, buffer: Buffer) -> np.ndarray:
+        """Read the codes of many clips; see `ShardDataset.read_codes`."""
+        return self.dataset.read_codes(self.numbers[numbers], buffer)
+
+    def read_frames(self, numbers: np.ndarray, frames: Sequence[np.ndarray], buffer: Buffer) -> np.ndarray:
+        """Read some frames of many clips; see `ShardDataset.read_frames`."""
+        return self.dataset.read_frames(self.numbers[numbers], frames, buffer)
 
 
 def split(dataset: ShardDataset, share: float) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from t2v_ds.data.stream import Dataset
+from t2v_ds.data.shards import ShardDataset
+from t2v_ds.data.subset import Selection
 from t2v_ds.models.facade import Tokenizer
 
 
@@ -41,7 +42,7 @@ def measure_reconstruction(tokenizer: Tokenizer, clips: list[np.ndarray]) -> Rec
     return Reconstruction(float(np.concatenate(own).mean()), float(np.concatenate(mean).mean()), share, len(clips), frames)
 
 
-def some_clips(dataset: Dataset, count: int) -> list[np.ndarray]:
+def some_clips(dataset: ShardDataset | Selection, count: int) -> list[np.ndarray]:
     """Up to `count` clips spread over the data: each uint8 [T, H, W, 3]."""
     numbers = np.unique(np.linspace(0, len(dataset) - 1, count).astype(int))
     return [dataset.read(int(i))["frames"].copy() for i in numbers]

@@ -80,7 +80,7 @@ class Stream(Protocol):
     micro_steps: int
     dataset: Any  # has a length
 
-    def __next__(self) -> list[Any]: ...
+    def __next__(self) -> Any: ...
 
     def state_dict(self) -> dict[str, Any]:
         """The position; valid for any number of ranks."""
@@ -109,7 +109,7 @@ def train(
     run: Path,
     seed: int,
     config: dict[str, Any],
-    collate: Callable[[list[Any]], dict[str, Any]],
+    collate: Callable[[Any], dict[str, Any]],
     resume: bool = True,
     description: str = "train",
 ) -> dict[str, float]:
@@ -122,7 +122,7 @@ def train(
         run: the run's folder, seen by all ranks.
         seed: of the run.
         config: the whole run's settings, kept with it and compared on resume.
-        collate: samples of one micro-batch -> the batch given to `objective.forward`.
+        collate: what the stream returns -> the batch given to `objective.forward`.
         resume: False: delete the run's checkpoints and curves, and start over.
         description: beside the progress bar.
 
@@ -197,7 +197,7 @@ class _Training:
         run: Path,
         seed: int,
         config: dict[str, Any],
-        collate: Callable[[list[Any]], dict[str, Any]],
+        collate: Callable[[Any], dict[str, Any]],
         description: str,
         collectives: Collectives,
         steps: int,

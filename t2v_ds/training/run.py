@@ -1,7 +1,7 @@
 """The two training stages: data folder -> stream + objective -> the step loop -> model folder.
 
-    raw shards   -> frames of random clips          -> VQVAEObjective       -> tokenizer
-    token shards -> codes + captions as word vectors -> TransformerObjective -> generator
+raw shards   -> frames of random clips          -> VQVAEObjective       -> tokenizer
+token shards -> codes + captions as word vectors -> TransformerObjective -> generator
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 
 from t2v_ds.config import TransformerRunConfig, VQVAERunConfig
 from t2v_ds.config_loader import to_dict
-from t2v_ds.data.shards import ShardDataset
-from t2v_ds.data.stream import ClipStream, Sample, codes_batch, frames_batch, random_frames
+from t2v_ds.data.collate import frames_batch, pad_codes
+from t2v_ds.data.shards import Buffer, ShardDataset
+from t2v_ds.data.stream import ClipStream, Places, random_frames, whole_codes
 from t2v_ds.data.subset import Selection, balanced, split
 from t2v_ds.errors import ConfigError
 from t2v_ds.models.exported import load_state
@@ -139,11 +140,9 @@ def train_transformer(config: TransformerRunConfig) -> dict[str, float]:
             _Vary(config), micro,
         )  # fmt: skip
 
-        def collate(samples: list[Sample]) -> dict[str, Any]:
-            batch = codes_batch(samples)
+        def collate(batch: dict[str, Any]) -> dict[str, Any]:
             vectors, mask = text.encode(batch["captions"])
-            starts = torch.tensor([sample["start"] for sample in samples])
-            return {"codes": batch["codes"], "lengths": batch["lengths"], "starts": starts, "text": vectors, "mask": mask}
+            return {"codes": batch["codes"], "lengths": batch["lengths"], "starts": batch["starts"], "text": vectors, "mask": mask}
 
         with stream:
             settings = _settings(config)
@@ -163,14 +162,21 @@ class _Vary:
     def __init__(self, config: TransformerRunConfig) -> None:
         self.config = config
 
-    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        caption = "" if rng.random() < self.config.caption_dropout else sample["caption"]
-        codes, start = sample["codes"], -1
-        if rng.random() < self.config.excerpt_share:
-            frames = min(self.config.excerpt_frames, len(codes))
-            start = int(rng.integers(len(codes) - frames + 1))
-            codes = codes[start : start + frames]
-        return {**sample, "caption": caption, "codes": codes, "start": start}
+    def __call__(self, dataset: Any, places: Places, buffer: Buffer) -> dict[str, Any]:
+        """See `stream.Load`: "codes", "lengths" as `pad_codes` has them, "captions", and "starts" int64 [B]: -1 for whole clips."""
+        batch = whole_codes(dataset, places, buffer)
+        clips, captions, starts = [], [], []
+        ends = np.cumsum(batch["lengths"])
+        for rng, caption, end, length in zip(places.rngs(), batch["captions"], ends, batch["lengths"], strict=True):
+            codes, start = batch["codes"][end - length : end], -1
+            captions.append("" if rng.random() < self.config.caption_dropout else caption)
+            if rng.random() < self.config.excerpt_share:
+                frames = min(self.config.excerpt_frames, len(codes))
+                start = int(rng.integers(len(codes) - frames + 1))
+                codes = codes[start : start + frames]
+            clips.append(codes)
+            starts.append(start)
+        return {**pad_codes(clips), "captions": captions, "starts": torch.tensor(starts)}
 
 
 def _fit_model(config: TransformerRunConfig, dataset: ShardDataset, text_width: int) -> Any:

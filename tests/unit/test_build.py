@@ -27,11 +27,14 @@ def test_an_installed_package_brings_its_kernels(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     kernels = tmp_path / "build/lib/t2v_ds/kernels"
     assert (kernels / build.library_name(build.TARGETS["CPU"])).is_file()
-    program = "import t2v_ds.kernels as k; from t2v_ds.kernels import native; print(k.__file__); print(native.available())"
+    program = (
+        "import t2v_ds.kernels as k; from t2v_ds.kernels import clips, gif, native; "
+        "print(k.__file__); print(gif.available(), clips.available()); print(native.available())"
+    )
     # Nothing to compile with, and nowhere to put it.
     environment = {"PYTHONPATH": str(tmp_path / "build/lib"), "PATH": str(tmp_path), "XDG_CACHE_HOME": "/proc/none"}
     loaded = subprocess.run([sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert loaded.stdout.splitlines() == [str(kernels / "__init__.py"), "('CPU',)"], loaded.stderr
+    assert loaded.stdout.splitlines() == [str(kernels / "__init__.py"), "True True", "('CPU',)"], loaded.stderr
 
 
 def test_cuda_that_cannot_be_compiled_fails_only_if_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +49,7 @@ def test_cuda_that_cannot_be_compiled_fails_only_if_it_was_asked_for(tmp_path: P
     assert reason in done.stderr
     done = build_package(tmp_path / "auto", T2V_BUILD_CUDA="auto", **environment)
     assert done.returncode == 0, done.stderr
-    assert [path.name.split("-")[0] for path in (tmp_path / "auto").rglob("*.so")] == ["vq_cpu"]
+    assert sorted(path.name.split("-")[0] for path in (tmp_path / "auto").rglob("*.so")) == ["clips", "gif", "vq_cpu"]
 
 
 def test_a_setting_that_is_none_is_refused(tmp_path: Path) -> None:

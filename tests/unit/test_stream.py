@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from t2v_ds.data.collate import frames_batch, pad_codes
 from t2v_ds.data.order import sample_at
-from t2v_ds.data.stream import ClipStream, codes_batch, frames_batch, random_frames
+from t2v_ds.data.shards import Buffer, Manifest, ShardDataset, raw_members, token_members, write_shard
+from t2v_ds.data.stream import ClipStream, Places, random_frames, whole_codes
 from t2v_ds.errors import ConfigError, DataError
+from t2v_ds.kernels import clips
 
 SEED = 3
 
@@ -43,22 +47,32 @@ class Numbers:
         return {"key": str(i), "i": i}
 
 
-def with_random(sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-    return {**sample, "random": int(rng.integers(2**40))}
+def with_random(dataset: Numbers, places: Places, buffer: Buffer) -> dict[str, Any]:
+    memory = buffer.take(len(places.numbers))
+    memory[:] = [dataset.read(i)["i"] for i in places.numbers.tolist()]
+    return {"i": memory, "random": [int(rng.integers(2**40)) for rng in places.rngs()]}
 
 
 def expected(count: int, size: int = 20) -> list[int]:
     return [sample_at(SEED, position, size)[1] for position in range(count)]
 
 
-def steps(streams: list[ClipStream], count: int) -> list[dict[str, Any]]:
-    """Take whole steps from the streams of all ranks; the samples in the global order."""
+def steps(streams: list[ClipStream], count: int) -> list[tuple[int, int]]:
+    """Take whole steps from the streams of all ranks; the samples' numbers and random numbers in the global order."""
     taken = []
     for _ in range(count):
         for stream in streams:
+            held: list[dict[str, Any]] = []
             for _ in range(stream.micro_steps):
-                taken += next(stream)
+                held.append(next(stream))
+                if len(held) == 2:  # one more has been taken since: its buffer must not have been used again
+                    taken += samples(held.pop(0))
+            taken += [sample for batch in held for sample in samples(batch)]
     return taken
+
+
+def samples(batch: dict[str, Any]) -> list[tuple[int, int]]:
+    return list(zip(batch["i"].tolist(), batch["random"], strict=True))
 
 
 def streams(world_size: int, batch: int = 12, **settings: Any) -> list[ClipStream]:
@@ -69,7 +83,7 @@ def streams(world_size: int, batch: int = 12, **settings: Any) -> list[ClipStrea
 @pytest.mark.parametrize(("world_size", "threads", "micro"), [(1, 0, None), (1, 3, 4), (2, 2, 3), (3, 1, 2), (4, 0, 1), (6, 2, None)])
 def test_the_global_order_and_its_random_numbers_are_the_same_everywhere(world_size: int, threads: int, micro: int | None) -> None:
     reference = steps(streams(1, threads=0), 4)
-    assert [sample["i"] for sample in reference] == expected(48)
+    assert [i for i, _ in reference] == expected(48)
     group = streams(world_size, threads=threads, micro_batch=micro)
     assert steps(group, 4) == reference
     assert {stream.consumed for stream in group} == {48}
@@ -81,7 +95,7 @@ def test_the_global_order_and_its_random_numbers_are_the_same_everywhere(world_s
 def test_kill_and_resume_anywhere_on_any_number_of_ranks() -> None:
     """Seven runs killed at random points (also inside a step) see every position once, in order."""
     rng = np.random.default_rng(0)
-    seen: list[dict[str, Any]] = []
+    seen: list[tuple[int, int]] = []
     state: dict[str, Any] | None = None
     for world_size in (1, 2, 4, 3, 6, 2, 1):
         group = streams(world_size, threads=int(rng.integers(0, 3)), micro_batch=12 // world_size // int(rng.integers(1, 3)))
@@ -106,7 +120,7 @@ def test_resume_with_another_batch_goes_on_at_the_same_sample() -> None:
     second = streams(1, batch=5)[0]
     second.load_state_dict(first.state_dict())
     seen += steps([second], 3)
-    assert [sample["i"] for sample in seen] == expected(39)
+    assert [i for i, _ in seen] == expected(39)
     for stream in (first, second):
         stream.close()
 
@@ -154,31 +168,103 @@ def test_looks_ahead_with_all_threads_but_not_without_bound() -> None:
     with ClipStream(data, 4, seed=SEED, threads=3) as stream:
         next(stream)
         time.sleep(0.1)
-        assert 4 < data.reads <= 4 + 2 * 4 + 3
+        assert data.reads == 4 * 4  # a batch a thread, and one ahead
         assert data.most >= 2
 
 
-def test_random_frames_are_different_ones_where_there_are_enough() -> None:
-    sample = {"key": "k", "frames": np.arange(10, dtype=np.uint8)[:, None, None, None].repeat(3, 3)}
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        chosen = random_frames(4)(sample, rng)["frames"][:, 0, 0, 0].tolist()
-        assert len(set(chosen)) == 4
-        assert chosen == sorted(chosen)
-    assert set(random_frames(10)(sample, rng)["frames"][:, 0, 0, 0].tolist()) == set(range(10))
-    assert random_frames(12)(sample, rng)["frames"].shape == (12, 1, 1, 3)
+LENGTHS = (3, 1, 12, 7)
+
+
+def folder(path: Path, kind: str) -> ShardDataset:
+    """Four clips in two shards; the numbers of a frame say which it is."""
+    shards = []
+    for shard in range(2):
+        clips = []
+        for i in (2 * shard, 2 * shard + 1):
+            values = 20 * i + np.arange(LENGTHS[i])
+            if kind == "raw":
+                members = raw_members(np.full((LENGTHS[i], 4, 4, 3), values[:, None, None, None], np.uint8), f"c{i}", [50] * LENGTHS[i], {})
+            else:
+                members = token_members(values[:, None, None] + np.full((2, 2), 60000), f"c{i}", [50] * LENGTHS[i], {})
+            clips.append((f"k{i}", members))
+        shards.append(write_shard(path / f"{kind}-{shard:05d}.tar", clips))
+    fields = {"image_size": 4} if kind == "raw" else {"grid_size": 2, "codebook_size": 65536, "tokenizer_id": "t"}
+    Manifest.build(kind, shards, **fields).save(path)
+    return ShardDataset(path, kind)
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+@pytest.mark.parametrize("reader", ["compiled", "python"])
+def test_random_frames_are_different_ones_where_there_are_enough(
+    tmp_path: Path, threads: int, reader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if reader == "python":
+        monkeypatch.setattr(clips, "_library", lambda: None)
+    with folder(tmp_path, "raw") as data, ClipStream(data, 4, seed=SEED, threads=threads, load=random_frames(5)) as stream:
+        seen = []
+        for epoch in range(20):
+            batch = next(stream)
+            assert batch["frames"].shape == (20, 4, 4, 3)
+            for key, frames in zip(batch["keys"], batch["frames"].reshape(4, 5, -1), strict=True):
+                i, values = int(key[1:]), frames[:, 0].tolist()
+                assert (frames == frames[:, :1]).all()
+                assert values == sorted(values)
+                assert {value // 20 for value in values} == {i}
+                assert max(values) - 20 * i < LENGTHS[i]
+                assert len(set(values)) == 5 if LENGTHS[i] >= 5 else len(set(values)) <= LENGTHS[i]
+                seen += [(epoch, value) for value in values if i == 2]
+        assert {value for _, value in seen} == set(range(40, 52))
+
+
+@pytest.mark.parametrize("reader", ["compiled", "python"])
+def test_codes_come_one_clip_after_another(tmp_path: Path, reader: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if reader == "python":
+        monkeypatch.setattr(clips, "_library", lambda: None)
+    with folder(tmp_path, "tokens") as data, ClipStream(data, 4, seed=SEED, load=whole_codes) as stream:
+        for _ in range(3):
+            batch = next(stream)
+            order = [int(key[1:]) for key in batch["keys"]]
+            assert sorted(order) == [0, 1, 2, 3]
+            assert batch["lengths"].tolist() == [LENGTHS[i] for i in order]
+            assert batch["captions"] == [f"c{i}" for i in order]
+            values = [60000 + 20 * i + t for i in order for t in range(LENGTHS[i])]
+            assert batch["codes"].dtype == np.uint16
+            assert batch["codes"].reshape(-1, 4).tolist() == [[value] * 4 for value in values]
+
+
+@pytest.mark.parametrize("kind", ["raw", "tokens"])
+def test_a_damaged_clip_is_an_error_also_where_many_are_read_at_once(tmp_path: Path, kind: str) -> None:
+    data = folder(tmp_path, kind)
+    path = tmp_path / f"{kind}-00001.tar"
+    content = bytearray(path.read_bytes())
+    at = content.index(data.read(2)[{"raw": "frames", "tokens": "codes"}[kind]].tobytes())
+    content[at + 5] ^= 1
+    path.write_bytes(content)
+    everything = Places(np.zeros(4, dtype=np.int64), np.arange(4), SEED)
+    load = random_frames(12) if kind == "raw" else whole_codes
+    with pytest.raises(DataError, match=f"clip k2 of shard {path} is damaged \\(its checksum differs\\)"):
+        load(data, everything, Buffer())
+    path.write_bytes(content[:at])
+    with pytest.raises(DataError, match=r"clip k2 .*the shard ends before it"):
+        load(data, everything, Buffer())
+
+
+def test_a_header_that_belongs_to_other_codes_is_an_error(tmp_path: Path) -> None:
+    """The checksum is right, the array's shape is not."""
+    members = token_members(np.zeros((3, 2, 2), np.int64), "c", [50] * 3, {})
+    members["codes.npy"] = members["codes.npy"].replace(b"(3, 2, 2)", b"(2, 3, 2)")
+    shard = write_shard(tmp_path / "tokens-00000.tar", [("k", members)])
+    Manifest.build("tokens", [shard], grid_size=2, codebook_size=65536, tokenizer_id="t").save(tmp_path)
+    with pytest.raises(DataError, match=r"clip k of .* holds uint16 \[2, 3, 2\], which is not a tokens clip"):
+        whole_codes(ShardDataset(tmp_path, "tokens"), Places(np.zeros(1, dtype=np.int64), np.arange(1), SEED), Buffer())
 
 
 def test_batches() -> None:
-    frames = frames_batch([{"frames": np.full((n, 2, 2, 3), n, dtype=np.uint8)} for n in (1, 3)])["frames"]
+    frames = frames_batch({"frames": np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3)})["frames"]
     assert frames.dtype == torch.uint8
-    assert frames.shape == (4, 2, 2, 3)
-    assert frames[:, 0, 0, 0].tolist() == [1, 3, 3, 3]
-    samples = [{"codes": np.full((n, 2, 2), 60000 + n, dtype=np.uint16), "caption": f"c{n}", "key": f"k{n}"} for n in (1, 3)]
-    batch = codes_batch(samples)
+    assert frames.shape == (2, 2, 2, 3)
+    batch = pad_codes([np.full((n, 2, 2), 60000 + n, dtype=np.uint16) for n in (1, 3)])
     assert batch["codes"].dtype == torch.int64
     assert batch["codes"].shape == (2, 3, 2, 2)
     assert batch["codes"][:, :, 0, 0].tolist() == [[60001, 0, 0], [60003] * 3]
     assert batch["lengths"].tolist() == [1, 3]
-    assert batch["captions"] == ["c1", "c3"]
-    assert batch["keys"] == ["k1", "k3"]
