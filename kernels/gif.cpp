@@ -13,6 +13,7 @@
 // Resizing is Pillow's (bilinear with antialiasing, 8 bits between the passes, 22 bits of precision), to the bit. The vector code
 // splits a coefficient in two of 11 bits, whose products with a byte fit the 16-bit multiply-add, and is as exact.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -97,8 +98,6 @@ bool scan_image(Reader& reader, const Control& control, size_t global, int globa
     if (!reader.has(3 * size_t(image.colours))) return false;
     reader.skip(3 * size_t(image.colours));
   }
-  if (!image.width) image.width = gif.width;  // as browsers mend it
-  if (!image.height) image.height = gif.height;
   if (int64_t(image.width) * image.height > max_pixels) return false;
   image.interlaced = flags & 0x40;
   image.data = reader.at();
@@ -108,9 +107,9 @@ bool scan_image(Reader& reader, const Control& control, size_t global, int globa
   image.delay_ms = control.delay_ms >= 20 ? control.delay_ms : 100;
   image.disposal = control.disposal == 4 ? 3 : control.disposal;
   image.transparent = control.transparent;
-  if (gif.images.empty()) {  // browsers grow the screen to the first image
-    if (image.width > gif.width) gif.width = image.width;
-    if (image.height > gif.height) gif.height = image.height;
+  if (gif.images.empty()) {  // browsers grow the screen to hold the first image
+    gif.width = std::max(gif.width, image.left + image.width);
+    gif.height = std::max(gif.height, image.top + image.height);
     if (int64_t(gif.width) * gif.height > max_pixels) return false;
   }
   gif.images.push_back(image);
@@ -234,11 +233,11 @@ class Lzw {
       written += length;
       if (previous_length && next < kMaxCodes) {
         start_[next] = previous_at;
-        length_[next] = previous_length + 1;
-        if (++next == limit && width < 12) {
-          ++width;
-          limit <<= 1;
-        }
+        length_[next++] = previous_length + 1;
+      }
+      if (next == limit && width < 12) {  // also where no string was made: with literals of one bit the first is code 4
+        ++width;
+        limit <<= 1;
       }
       previous_at = start;
       previous_length = length;
@@ -577,19 +576,15 @@ class Decoder {
  private:
   bool draw(const Image& image, const Box& box) {
     const size_t count = size_t(image.width) * image.height;
-    if (count > UINT32_MAX - 2 * kMaxCodes || image.colours == 0) return false;
+    if (count == 0) return true;  // shown as a frame that changes nothing, whatever its data
+    if (count > UINT32_MAX - 2 * kMaxCodes) return false;
     const size_t size = join(data_ + image.data + 1, joined_);
     if (indices_.size() < count + kMaxCodes + kSlack) indices_.resize(count + kMaxCodes + kSlack);
     if (!lzw_.decode(joined_.data(), size, data_[image.data], indices_.data(), count)) return false;
-    uint8_t highest = 0;
-    for (size_t i = 0; i < count; ++i) {
-      uint8_t index = indices_[i] == image.transparent ? 0 : indices_[i];
-      highest = index > highest ? index : highest;
-    }
-    if (highest >= image.colours) return false;
-    uint32_t colours[256] = {};
-    for (int i = 0; i < image.colours; ++i) {
-      const uint8_t bytes[4] = {data_[image.palette + 3 * i], data_[image.palette + 3 * i + 1], data_[image.palette + 3 * i + 2], 255};
+    uint32_t colours[256];
+    for (int i = 0; i < 256; ++i) {
+      uint8_t bytes[4] = {0, 0, 0, 255};  // beyond the palette
+      if (i < image.colours) std::memcpy(bytes, data_ + image.palette + 3 * size_t(i), 3);
       std::memcpy(&colours[i], bytes, 4);
     }
     if (box.empty()) return true;

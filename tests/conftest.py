@@ -7,6 +7,8 @@ passes without having run proves nothing.
 from __future__ import annotations
 
 import os
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -56,6 +58,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         item.add_marker(pytest.mark.xdist_group("slurm" if item.path.parent.name == "slurm" else item.path.stem))
     skip_gpu_tests(items)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what was not collected at the end as well: -q hides the header, and under xdist only the workers know the folders' own."""
+    for path in sorted(Path(__file__).parent.glob("*/conftest.py")):
+        header = getattr(import_module(f"tests.{path.parent.name}.conftest"), "pytest_report_header", str)
+        if header().startswith("not collected"):
+            terminalreporter.write_line(header(), yellow=True)
 
 
 def pytest_configure(config: pytest.Config) -> None:

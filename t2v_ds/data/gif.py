@@ -156,9 +156,9 @@ def parse_gif(data: bytes, max_pixels: int = MAX_PIXELS, require_trailer: bool =
             elif label == 0xFF and first[:11] == b"NETSCAPE2.0" and data[start + 12 : start + 14] == b"\x03\x01":
                 loops = int(struct.unpack("<H", data[start + 14 : start + 16])[0])
         elif kind == _IMAGE:
-            image = _parse_image(reader, global_palette, control, (width, height), max_pixels)
-            if not images:  # browsers grow the screen to the first image, and cut later ones at its edges
-                width, height = max(width, image.size[0]), max(height, image.size[1])
+            image = _parse_image(reader, global_palette, control, max_pixels)
+            if not images:  # browsers grow the screen to hold the first image, and cut later ones at its edges
+                width, height = max(width, image.box[2]), max(height, image.box[3])
                 _check_pixels(width, height, max_pixels, "the file")
             images.append(image)
             control = (0, 0, -1)
@@ -167,12 +167,9 @@ def parse_gif(data: bytes, max_pixels: int = MAX_PIXELS, require_trailer: bool =
     return GifBlocks(width, height, global_palette, loops, images)
 
 
-def _parse_image(
-    reader: _Reader, global_palette: bytes, control: tuple[int, int, int], screen: tuple[int, int], max_pixels: int
-) -> GifImage:
+def _parse_image(reader: _Reader, global_palette: bytes, control: tuple[int, int, int], max_pixels: int) -> GifImage:
     left, top, width, height, flags = struct.unpack("<HHHHB", reader.take(9))
     palette = reader.take(3 << ((flags & 7) + 1)) if flags & 0x80 else global_palette
-    width, height = width or screen[0], height or screen[1]  # as browsers mend it
     _check_pixels(width, height, max_pixels, "an image")
     start = reader.at
     reader.byte()  # LZW code size
@@ -252,14 +249,23 @@ def _decode_slowly(data: bytes, max_frames: int, max_pixels: int, size: int | No
     width, height = (blocks.width, blocks.height) if size is None else (size, size)
     frames = np.empty((count, height, width, 3), dtype=np.uint8)  # [T, H, W, 3]
     for t, canvas in enumerate(_compose(data, blocks)):
-        frames[t] = np.asarray(canvas if size is None else canvas.resize((size, size), Image.Resampling.BILINEAR))
+        frames[t] = np.asarray(canvas if size is None else _resize(canvas, size))
     return DecodedGif(frames, [image.delay_ms for image in blocks.images], blocks.width, blocks.height)
+
+
+def _resize(canvas: Image.Image, size: int) -> Image.Image:
+    """Resize to size x size, the longer side first: Pillow's versions differ in the order, and so in rounding."""
+    between = (canvas.width, size) if canvas.height > canvas.width else (size, canvas.height)
+    return canvas.resize(between, Image.Resampling.BILINEAR).resize((size, size), Image.Resampling.BILINEAR)
 
 
 def _compose(data: bytes, blocks: GifBlocks) -> Iterator[Image.Image]:
     """Yield the canvas after each image; the same object, drawn on again for the next."""
     canvas = Image.new("RGB", (blocks.width, blocks.height), "white")
     for t, image in enumerate(blocks.images):
+        if 0 in image.size:  # shown as a frame that changes nothing, whatever its data
+            yield canvas
+            continue
         before = canvas.crop(image.box) if image.disposal == 3 else None
         pixels = _decode_image(data, image, t)
         mask = None
@@ -275,9 +281,11 @@ def _compose(data: bytes, blocks: GifBlocks) -> Iterator[Image.Image]:
 
 def _decode_image(data: bytes, image: GifImage, t: int) -> Image.Image:
     """Decode one image block to palette indices, by giving Pillow a GIF of its own that holds nothing else."""
-    colours = len(image.palette) // 3
-    table = 0x80 | (colours.bit_length() - 2) if colours else 0
-    header = b"GIF89a" + struct.pack("<HHBBB", *image.size, table, 0, 0) + image.palette
+    bits = data[image.data[0]]
+    if not 2 <= bits <= 8:  # browsers read 1 as well, which Pillow reads otherwise
+        raise RejectedClip("undecodable", f"frame {t}: its palette indices are of {bits} bits")
+    palette = image.palette.ljust(3 * 256, b"\0")  # indices beyond it are black; Pillow would take a short grey one for no palette
+    header = b"GIF89a" + struct.pack("<HHBBB", *image.size, 0x87, 0, 0) + palette
     descriptor = b"," + struct.pack("<HHHHB", 0, 0, *image.size, 0x40 if image.interlaced else 0)
     single = header + descriptor + data[image.data[0] : image.data[1]] + b";"
     try:
