@@ -20,11 +20,22 @@ import sys
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
-from t2v_ds.config import DemoConfig, MergeConfig, PrepareConfig, SamplingConfig, TokenizeConfig, TransformerRunConfig, VQVAERunConfig
+from t2v_ds.config import (
+    DemoConfig,
+    IndexConfig,
+    MergeConfig,
+    PrepareConfig,
+    SamplingConfig,
+    TokenizeConfig,
+    TransformerRunConfig,
+    VerifyConfig,
+    VQVAERunConfig,
+)
 from t2v_ds.config_loader import load_config, resolve_recipe
-from t2v_ds.errors import ConfigError, UserError, nearest
+from t2v_ds.errors import ConfigError, DataError, UserError, nearest
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,7 @@ class Flag:
     help: str
     metavar: str = "DIR"
     many: bool = False  # takes several values
+    switch: bool = False  # takes no value: true
 
 
 @dataclass(frozen=True)
@@ -51,8 +63,13 @@ class Verb:
 
 
 def _prepare(config: PrepareConfig, _: argparse.Namespace) -> None:
+    from t2v_ds.data.manifest import MANIFEST
     from t2v_ds.data.prepare import prepare, prepare_part
+    from t2v_ds.data.report import REPORT, write_report
 
+    if config.report and config.out and Path(config.out, MANIFEST).exists():
+        print(write_report(config.out))
+        return
     if config.part:
         prepare_part(config)
         print(f"{config.out}: part {config.part} is done; when all are, run this without part= to write the shards")
@@ -61,6 +78,44 @@ def _prepare(config: PrepareConfig, _: argparse.Namespace) -> None:
     print(f"{config.out}: {manifest.total_clips} clips, {manifest.total_frames} frames, {len(manifest.shards)} shards")
     for reason, count in sorted(manifest.rejected.items()):
         print(f"  rejected, {reason}: {count} (listed in {config.out}/rejected.jsonl)")
+    if config.report:
+        print(Path(config.out, REPORT).read_text(encoding="utf-8"))
+
+
+def _index(config: IndexConfig, _: argparse.Namespace) -> None:
+    from t2v_ds.data.validate import QUARANTINE, Codes, index_folder
+
+    if not config.data:
+        raise ConfigError("--data is not given; name a folder of .tar files")
+    codes = tokenizer = None
+    if config.tokenizer:
+        from t2v_ds.models.facade import load_tokenizer
+
+        tokenizer = load_tokenizer(config.tokenizer)
+        model = tokenizer.model.config
+        codes = Codes(tokenizer.tokenizer_id, model.quantizer.codebook_size, model.grid_size, model.image_size)
+    indexed = index_folder(config, codes)
+    if tokenizer is not None and indexed.manifest.kind == "tokens":
+        tokenizer.export_beside(Path(config.data))
+    print(f"{config.data}: {indexed.manifest.total_clips} good clips in {len(indexed.manifest.shards)} shards")
+    for reason, count in sorted(indexed.quarantined.items()):
+        print(f"  left out, {reason}: {count} (listed in {config.data}/{QUARANTINE})")
+
+
+def _verify(config: VerifyConfig, _: argparse.Namespace) -> None:
+    from t2v_ds.data.validate import verify_folder
+
+    if not config.data:
+        raise ConfigError("--data is not given; name a folder of shards")
+    manifest, problems = verify_folder(config.data)
+    for problem in problems:
+        print(problem)
+    if problems:
+        raise DataError(
+            f"{config.data} is damaged in {len(problems)} {'places' if len(problems) > 1 else 'place'}: restore the files named above, "
+            f"or leave out the damaged clips with t2v index --data {config.data} again=true"
+        )
+    print(f"{config.data}: {manifest.total_clips} clips in {len(manifest.shards)} shards; every byte is as it was written")
 
 
 def _train_vqvae(config: VQVAERunConfig, _: argparse.Namespace) -> None:
@@ -140,6 +195,7 @@ def _doctor(_: None, __: argparse.Namespace) -> None:
 
 
 OUT = Flag("out", "folder to write; run again with the same command to go on after an interruption")
+NEW_DATA = Flag("accept_new_data", "where the data has changed since, begin the epoch anew on it", switch=True)
 LAUNCH = (
     "\n\nThe same command runs on several processes or nodes:\n"
     "  deepspeed --num_gpus 2 --module t2v_ds {verb} ...      (on a machine without GPU too)\n"
@@ -152,18 +208,42 @@ VERBS: dict[str, Verb] = {
         "a folder of GIFs, a TSV of URLs, or moving shapes -> raw shards",
         "Reads clips and captions, keeps clips of min_frames to max_frames frames, resizes them and writes WebDataset shards.\n"
         "SRC is a folder of GIFs (captions from captions.tsv inside, FOLDER.tsv beside it, or captions=FILE; else file names),\n"
-        "a TSV file of `url TAB caption` lines, or moving-shapes. What is rejected is counted, and listed in rejected.jsonl.",
+        "a TSV file of `url TAB caption` lines, or moving-shapes. What is rejected is counted, and listed in rejected.jsonl.\n"
+        "--report shows what is in the folder, and writes it to report.md and contact_sheet.png there.",
         "t2v prepare --source my_gifs --out data/raw",
         PrepareConfig,
-        (Flag("source", "folder of GIFs, TSV file, or moving-shapes", "SRC"), OUT),
+        (
+            Flag("source", "folder of GIFs, TSV file, or moving-shapes", "SRC"),
+            OUT,
+            Flag("report", "describe the folder, too; if it is finished, do nothing else", switch=True),
+        ),
         _prepare,
+    ),
+    "index": Verb(
+        "WebDataset tars that others wrote -> raw or token shards",
+        "Checks every clip of the .tar files in a folder and writes the index and manifest that training reads, beside them.\n"
+        "A clip is KEY.frames.npy, uint8 [T, S, S, 3], or KEY.codes.npy, uint16 [T, S, S], and KEY.json with \"caption\" (text),\n"
+        "\"durations_ms\" (T whole numbers) and \"provenance\" (an object). Bad clips are left out and listed in quarantine.jsonl;\n"
+        "too many are an error.",
+        "t2v index --data my_tars max_bad_share=0.001",
+        IndexConfig,
+        (Flag("data", "folder of .tar files"), Flag("tokenizer", "of codes: folder of the tokenizer that made them")),
+        _index,
+    ),
+    "verify": Verb(
+        "reads shards to their last byte and names what is damaged",
+        "Compares every shard, index and clip with the checksums that were taken when they were written; changes nothing.",
+        "t2v verify --data data/raw",
+        VerifyConfig,
+        (Flag("data", "folder written by t2v prepare, tokenize or index"),),
+        _verify,
     ),
     "train-vqvae": Verb(
         "raw shards -> tokenizer",
         "Trains the VQ-VAE that turns frames into codes and back." + LAUNCH.format(verb="train-vqvae"),
         "t2v train-vqvae --config tgif_vqvae --data data/raw --out runs/tokenizer train.steps=20000",
         VQVAERunConfig,
-        (Flag("data", "folder written by t2v prepare"), OUT),
+        (Flag("data", "folder written by t2v prepare"), OUT, NEW_DATA),
         _train_vqvae,
     ),
     "merge": Verb(
@@ -198,6 +278,7 @@ VERBS: dict[str, Verb] = {
             Flag("data", "folder written by t2v tokenize"),
             Flag("tokenizer", "another folder of the tokenizer that made the data"),
             OUT,
+            NEW_DATA,
         ),
         _train_transformer,
     ),
@@ -243,7 +324,10 @@ def _parser(name: str, verb: Verb) -> _Parser:
         parser.add_argument("--config", metavar="YAML", help="a file of settings, or the name of a recipe in configs/")
         parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings; they win over the file and over flags")
     for flag in verb.flags:
-        parser.add_argument(f"--{flag.name}", metavar=flag.metavar, help=flag.help, nargs="+" if flag.many else None)
+        if flag.switch:
+            parser.add_argument(f"--{flag.name.replace('_', '-')}", action="store_const", const=True, help=flag.help)
+        else:
+            parser.add_argument(f"--{flag.name.replace('_', '-')}", metavar=flag.metavar, help=flag.help, nargs="+" if flag.many else None)
     if name == "generate":
         parser.add_argument("--model", metavar="DIR", help="folder written by t2v train-transformer")
         parser.add_argument("--prompt", action="append", metavar="TEXT", help="what to draw; may be given several times")

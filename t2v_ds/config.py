@@ -30,14 +30,38 @@ class DownloadConfig:
     """How clips named by URL are fetched."""
 
     timeout_s: float = 20.0  # seconds without a byte before an attempt is given up
-    retries: int = 3  # further attempts after the first
+    total_s: float = 120.0  # seconds for one GIF, all attempts together; a server that drips bytes is given up then
+    retries: int = 3  # further attempts after the first; waits that the server asks for (Retry-After) do not count
     max_bytes: int = 32 * 2**20  # a larger GIF is rejected while it downloads
+    threads: int = 32  # downloads at a time, in each part
+    per_host: float = 0.0  # requests a second to one host, in each part; 0: as many as the threads make
+    ahead: int = 2048  # rows fetched ahead of the oldest unfinished one, so that a slow link holds up nothing else; costs disk
     allow_private: bool = False  # allow addresses of private networks and this machine
 
     def __post_init__(self) -> None:
         require(self.timeout_s > 0, "download.timeout_s", self.timeout_s, "> 0 seconds")
+        require(self.total_s > 0, "download.total_s", self.total_s, "> 0 seconds")
         require(self.retries >= 0, "download.retries", self.retries, ">= 0")
         require(self.max_bytes > 0, "download.max_bytes", self.max_bytes, "> 0 bytes")
+        require(1 <= self.threads <= 1024, "download.threads", self.threads, "1 to 1024")
+        require(self.per_host >= 0, "download.per_host", self.per_host, ">= 0 requests a second")
+        require(self.ahead >= 1, "download.ahead", self.ahead, ">= 1 rows")
+
+
+@dataclass
+class FilterConfig:
+    """Which clips teach nothing; levels are those of a colour channel, 0 to 255, measured on means of about 32 x 32 cells."""
+
+    flat_below: float = 8.0  # levels: rejected if no frame has two cells that differ by this much; 0: none
+    still_below: float = 8.0  # levels: rejected if no cell changes by this much between any two frames; 0: none
+    duplicates: str = "same_caption"  # rejected: "same_caption": frames and caption of an earlier clip; "any_caption": frames; "keep": none
+    near_duplicate_below: float = 0.0  # levels: rejected if four frames of 8 x 8 pixels differ by less from an earlier clip's; 0: none
+
+    def __post_init__(self) -> None:
+        for name in ("flat_below", "still_below", "near_duplicate_below"):
+            require(0 <= getattr(self, name) <= 256, f"filters.{name}", getattr(self, name), "0 to 256 levels")
+        allowed = ("same_caption", "any_caption", "keep")
+        require(self.duplicates in allowed, "filters.duplicates", self.duplicates, ", ".join(f"'{one}'" for one in allowed))
 
 
 @dataclass
@@ -50,6 +74,7 @@ class PrepareConfig:
     image_size: int = 128  # pixels, square
     min_frames: int = 15
     max_frames: int = 40
+    require_trailer: bool = True  # false: also take GIFs without the last byte, as browsers do; one cut between two frames looks alike
     chunk_clips: int = 10_000
     shard_clips: int = 250
     clips: int = 2_000  # how many clips moving-shapes draws
@@ -57,6 +82,8 @@ class PrepareConfig:
     workers: int = 0  # processes; 0: one a core
     part: str = ""  # "2/10": only load every tenth block of rows, from the second on; a run without it then writes the shards
     seed: int = 0
+    report: bool = False  # also write report.md and contact_sheet.png; of a finished folder, do only that
+    filters: FilterConfig = field(default_factory=FilterConfig)
     download: DownloadConfig = field(default_factory=DownloadConfig)
 
     def __post_init__(self) -> None:
@@ -185,6 +212,7 @@ class TrainConfig:
     log_every: int = 10
     visual_every: int = 250  # reconstruction grids or generated clips in TensorBoard; 0: only at the end
     data_threads: int = 1
+    shard_window: int = 0  # shards that are read from at a time, in random order; 0: all. For data on slow or remote disks
     watchdog_s: float = 1800.0  # a step that takes longer ends the run with the name of the rank; 0: off
 
     def __post_init__(self) -> None:
@@ -206,7 +234,21 @@ class TrainConfig:
         require(self.log_every >= 1, "train.log_every", self.log_every, ">= 1")
         require(self.visual_every >= 0, "train.visual_every", self.visual_every, ">= 0")
         require(self.data_threads >= 0, "train.data_threads", self.data_threads, ">= 0")
+        require(self.shard_window >= 0, "train.shard_window", self.shard_window, ">= 0")
         require(self.watchdog_s >= 0, "train.watchdog_s", self.watchdog_s, ">= 0")
+
+
+@dataclass
+class CacheConfig:
+    """Where shards that lie at a URL (s3://, gs://, https://, ...) are kept while they are used."""
+
+    folder: str = ""  # on a disk of this machine; all processes may share it
+    max_bytes: int = 2**40  # the shards in it; the longest unused go first
+    retries: int = 5  # further attempts for a file after the first
+
+    def __post_init__(self) -> None:
+        require(self.max_bytes > 0, "cache.max_bytes", self.max_bytes, "> 0 bytes")
+        require(self.retries >= 0, "cache.retries", self.retries, ">= 0")
 
 
 @dataclass
@@ -215,6 +257,7 @@ class VQVAERunConfig:
 
     data: str = ""
     out: str = ""
+    accept_new_data: bool = False  # where the data has changed since the run was stopped, begin the epoch anew on what is there now
     chunk: int = -1  # train on this chunk only; -1: on all
     start: str = ""  # folder of a tokenizer to start from; empty: random weights
     held_out: float = 0.0  # share of the clips kept from training, to measure on
@@ -224,6 +267,7 @@ class VQVAERunConfig:
     model: VQVAEConfig = field(default_factory=VQVAEConfig)
     losses: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", self.seed, ">= 0")
@@ -310,21 +354,25 @@ class TransformerRunConfig:
 
     data: str = ""
     out: str = ""
+    accept_new_data: bool = False  # where the data has changed since the run was stopped, begin the epoch anew on what is there now
     tokenizer: str = ""  # empty: the one kept with the token shards
     seed: int = 0
     caption_dropout: float = 0.1  # share of captions replaced by the empty one, for guidance
     excerpt_share: float = 0.0  # share of samples that are a short excerpt of a clip: cheap practice in drawing and moving
     excerpt_frames: int = 4
+    length_buckets: int = 0  # steps whose clips are sorted by length and dealt out again, so that less is padded; 0: off
     sample_prompts: tuple[str, ...] = ()  # shown in TensorBoard; empty: captions of the data
     model: TransformerConfig = field(default_factory=TransformerConfig)
     text: TextConfig = field(default_factory=TextConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", self.seed, ">= 0")
         require(0 <= self.excerpt_share < 1, "excerpt_share", self.excerpt_share, "0 to below 1")
         require(self.excerpt_frames >= 1, "excerpt_frames", self.excerpt_frames, ">= 1")
         require(0 <= self.caption_dropout < 1, "caption_dropout", self.caption_dropout, "0 to below 1")
+        require(self.length_buckets >= 0, "length_buckets", self.length_buckets, ">= 0")
 
 
 @dataclass
@@ -362,6 +410,29 @@ class SamplingConfig:
         require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, up to 1")
         require(self.guidance >= 0, "guidance", self.guidance, ">= 0")
         require(self.frames >= 0, "frames", self.frames, ">= 0")
+
+
+@dataclass
+class IndexConfig:
+    """A folder of tars that others wrote, or of which some are damaged -> index, manifest and a list of the bad clips."""
+
+    data: str = ""
+    tokenizer: str = ""  # of codes: the folder of the tokenizer that made them
+    max_bad_share: float = 0.01  # of the clips, and of the bytes; more is an error
+    accept_cut: bool = False  # go on with what is left of shards that end early, though nobody knows how many clips are lost
+    again: bool = False  # index a folder that has a manifest, and leave out the clips whose checksums differ
+    chunk_clips: int = 10_000  # a shard belongs to the chunk of its first clip
+
+    def __post_init__(self) -> None:
+        require(0 <= self.max_bad_share <= 1, "max_bad_share", self.max_bad_share, "0 to 1")
+        require(self.chunk_clips >= 1, "chunk_clips", self.chunk_clips, ">= 1")
+
+
+@dataclass
+class VerifyConfig:
+    """A folder of shards that is read to its last byte."""
+
+    data: str = ""  # written by t2v prepare, tokenize or index
 
 
 @dataclass

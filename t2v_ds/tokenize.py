@@ -16,8 +16,9 @@ import torch
 from tqdm import tqdm
 
 from t2v_ds.config import TokenizeConfig, parse_part
+from t2v_ds.data.dataset import ShardDataset
 from t2v_ds.data.manifest import MANIFEST, Manifest, ShardInfo
-from t2v_ds.data.shards import ShardDataset, index_path, load_shard_info, token_members, write_shard
+from t2v_ds.data.shards import index_path, load_shard_info, token_members, write_shard
 from t2v_ds.errors import ConfigError, DataError
 from t2v_ds.files import create_once, remove_temporaries
 from t2v_ds.models.facade import TOKENIZER_FOLDER, Tokenizer, load_tokenizer, require_same_tokenizer

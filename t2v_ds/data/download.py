@@ -1,41 +1,48 @@
-"""A URL -> a file in a cache folder: bounded in size and time, tried again, never half-written, never from a private network.
+"""A URL -> a file in a cache folder: bounded in size and time, tried again, never half-written.
 
-url -> cached? -> done
-    -> connect (address checked) -> redirects (each checked again) -> temporary file (size checked as it grows) -> rename
+    url -> cached? -> done
+        -> the host's turn (rate limit, Retry-After) -> ask -> temporary file (type, size and length checked as it grows) -> rename
+        -> not whole, busy or silent: again, as long as retries and time are left
+
+A fault of this machine's disk is an error, never a rejected clip.
 """
 
 from __future__ import annotations
 
-import functools
+import contextlib
+import datetime
+import email.utils
 import hashlib
 import http.client
-import ipaddress
 import os
-import socket
 import threading
 import time
 import urllib.error
 import urllib.parse
-import urllib.request
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from t2v_ds.config import DownloadConfig
-from t2v_ds.data.gif import RejectedClip
+from t2v_ds.data.gif import RejectedClip, parse_gif
+from t2v_ds.data.transport import RefusedAddress, open_url
 
 _BACKOFF_S = 0.5  # before the first retry; doubled for each further one
-_LONGEST_ATTEMPT = 30  # times timeout_s: a server that drips bytes is given up
 _RETRY_STATUS = (408, 425, 429)  # and all of 5xx
 _PIECE = 1 << 16
-_HEADERS = {"User-Agent": "t2v_ds", "Accept": "image/gif,*/*;q=0.5", "Accept-Encoding": "identity"}
+_MAGIC = (b"GIF87a", b"GIF89a")
 
 
-class _PrivateAddress(Exception):
-    """The address is not one of the public internet."""
+class _Temporary(Exception):
+    """This attempt failed; another may not. Holds the seconds that the server asks to wait, if it does."""
+
+    def __init__(self, problem: str, wait_s: float | None = None) -> None:
+        super().__init__(problem)
+        self.wait_s = wait_s
 
 
-class _TooLarge(Exception):
-    """The body is larger than allowed."""
+class _DiskError(Exception):
+    """A file could not be written here: nothing that the clip is to blame for. Raised from the OSError."""
 
 
 def cache_path(folder: Path, url: str) -> Path:
@@ -44,161 +51,171 @@ def cache_path(folder: Path, url: str) -> Path:
     return folder / name[:2] / f"{name}.gif"
 
 
-def fetch(url: str, folder: Path, config: DownloadConfig) -> Path:
-    """Download `url` into the cache `folder` unless it is there already; returns the file's path.
+class _Hosts:
+    """When each host may be asked next, for all threads."""
 
-    Raises:
-        RejectedClip: "download_failed" (after the retries; at once for a refusal such as 404) or "too_large".
+    def __init__(self, per_second: float) -> None:
+        self._gap = 1 / per_second if per_second else 0.0
+        self._next: dict[str, float] = defaultdict(float)
+        self._lock = threading.Lock()
+
+    def wait(self, host: str) -> None:
+        """Wait for this caller's turn."""
+        while True:
+            with self._lock:
+                now = time.monotonic()
+                pause = self._next[host] - now
+                if pause <= 0:
+                    self._next[host] = now + self._gap
+                    return
+            time.sleep(pause)  # and look again: the host may have been held, or another was faster
+
+    def hold(self, host: str, seconds: float) -> None:
+        """Ask this host nothing for so long."""
+        with self._lock:
+            self._next[host] = max(self._next[host], time.monotonic() + seconds)
+
+
+class Fetcher:
+    """Downloads into one cache folder; safe to use from many threads.
+
+    Args:
+        folder: the cache.
+        config: limits.
     """
-    path = cache_path(folder, url)
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    problem = ""
-    for attempt in range(config.retries + 1):
-        if attempt:
-            time.sleep(_BACKOFF_S * 2 ** (attempt - 1))
+
+    def __init__(self, folder: Path, config: DownloadConfig) -> None:
+        self.folder, self.config = folder, config
+        self._hosts = _Hosts(config.per_host)
+
+    def fetch(self, url: str) -> Path:
+        """Download `url` unless it is there already; returns the file's path.
+
+        Raises:
+            RejectedClip: "dead_link" (an answer such as 404), "download_failed" (after the retries), "too_large" or
+                "not_a_gif".
+            OSError: the file cannot be written here.
+        """
+        path = cache_path(self.folder, url)
+        if path.exists():
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        host = urllib.parse.urlsplit(url).netloc
+        self._hosts.wait(host)
+        deadline = time.monotonic() + self.config.total_s
+        failures = 0
+        while True:
+            try:
+                self._attempt(url, path, deadline)
+                return path
+            except _DiskError as error:
+                raise error.__cause__ or error from None
+            except _Temporary as error:
+                # A server that says when to come back is obeyed for as long as there is time; that is no failure of the clip.
+                failures += error.wait_s is None
+                pause = _BACKOFF_S * 2 ** (failures - 1) if error.wait_s is None else error.wait_s
+                if failures > self.config.retries or time.monotonic() + pause >= deadline:
+                    asked = f", which asks to wait {error.wait_s:.0f} s" if error.wait_s else ""
+                    raise RejectedClip("download_failed", f"{error}{asked}") from error
+                if error.wait_s is None:
+                    time.sleep(pause)
+                else:
+                    self._hosts.hold(host, pause)
+            self._hosts.wait(host)
+
+    def read(self, url: str) -> bytes:
+        """What `url` holds; raises as `fetch` does."""
         try:
-            _download(url, path, config)
-        except _TooLarge as error:
-            raise RejectedClip("too_large", str(error)) from error
-        except _PrivateAddress as error:
+            return self.fetch(url).read_bytes()
+        except FileNotFoundError:  # the same part runs twice, and the other process had no more use for it
+            return self.fetch(url).read_bytes()
+
+    def _attempt(self, url: str, path: Path, deadline: float) -> None:
+        """Download once; turns what can go wrong into `RejectedClip` or `_Temporary`."""
+        try:
+            self._download(url, path, deadline)
+        except RefusedAddress as error:
             raise RejectedClip("download_failed", str(error)) from error
         except urllib.error.HTTPError as error:
             error.close()
-            problem = f"HTTP {error.code}"
-            if error.code < 500 and error.code not in _RETRY_STATUS:
-                break
+            problem = f"HTTP {error.code}" + (", redirected too often" if 300 <= error.code < 400 else "")
+            if error.code in _RETRY_STATUS or error.code >= 500:
+                raise _Temporary(problem, _retry_after(error.headers.get("Retry-After"))) from error
+            raise RejectedClip("dead_link" if error.code >= 400 else "download_failed", problem) from error
         except (OSError, http.client.HTTPException, ValueError) as error:  # URLError and time-outs are OSErrors
             reason = getattr(error, "reason", None) or error
-            if isinstance(reason, _PrivateAddress):
+            if isinstance(reason, RefusedAddress):
                 raise RejectedClip("download_failed", str(reason)) from error
-            problem = f"{type(reason).__name__}: {reason}" if isinstance(reason, Exception) else str(reason)
-        else:
-            return path
-    raise RejectedClip("download_failed", problem)
+            raise _Temporary(f"{type(reason).__name__}: {reason}" if isinstance(reason, Exception) else str(reason)) from error
 
+    def _download(self, url: str, path: Path, deadline: float) -> None:
+        config = self.config
+        # Threads of one process may fetch the same URL; the process and thread in the name keep them apart.
+        temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+        try:
+            with open_url(url, config.timeout_s, deadline, config.allow_private) as response:
+                expected = response.length
+                if expected is not None and expected > config.max_bytes:
+                    raise RejectedClip("too_large", f"{expected} bytes; at most {config.max_bytes}")
+                size = self._save(response, temporary)
+                if expected is not None and size != expected:
+                    raise ConnectionError(f"the connection closed after {size} of {expected} bytes")
+                if expected is None and not response.chunked:
+                    _check_whole(temporary)
+            with _disk():
+                os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
-def _download(url: str, path: Path, config: DownloadConfig) -> None:
-    """One attempt."""
-    deadline = time.monotonic() + _LONGEST_ATTEMPT * config.timeout_s
-    _check_url(url, config.allow_private)
-    request = urllib.request.Request(_ascii_url(url), headers=_HEADERS)
-    # Threads of one process may fetch the same URL; the process and thread in the name keep them apart.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    try:
-        with _opener(config.allow_private).open(request, timeout=config.timeout_s) as response, temporary.open("wb") as file:
-            expected = response.headers.get("Content-Length")
-            size = 0
-            if expected is not None and int(expected) > config.max_bytes:
-                raise _TooLarge(f"{expected} bytes; at most {config.max_bytes}")
+    def _save(self, response: http.client.HTTPResponse, temporary: Path) -> int:
+        """Write the body to a file as it comes; returns its bytes."""
+        size, head = 0, b""
+        with _disk():
+            file = temporary.open("wb")
+        with file:
             # read1 returns what has arrived: a time-out then means no byte for that long, not a slow piece.
             while piece := response.read1(_PIECE):
                 size += len(piece)
-                if size > config.max_bytes:
-                    raise _TooLarge(f"more than {config.max_bytes} bytes")
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"not finished after {_LONGEST_ATTEMPT * config.timeout_s:.0f} s")
-                file.write(piece)
-            if expected is not None and size != int(expected):
-                raise ConnectionError(f"the connection closed after {size} of {expected} bytes")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+                if size > self.config.max_bytes:
+                    raise RejectedClip("too_large", f"more than {self.config.max_bytes} bytes")
+                if len(head) < len(_MAGIC[0]):
+                    head += piece[:16]
+                    if not any(head.startswith(magic) or magic.startswith(head) for magic in _MAGIC):
+                        kind = response.headers.get("Content-Type", "no type")
+                        raise RejectedClip("not_a_gif", f"the answer, called {kind}, begins with {head[:16]!r}")
+                with _disk():
+                    file.write(piece)
+            with _disk():
+                file.flush()
+                os.fsync(file.fileno())
+        return size
 
 
-def _ascii_url(url: str) -> str:
-    """Quote what HTTP does not carry (spaces, letters with accents) and leave what is quoted already."""
-    parts = urllib.parse.urlsplit(url)
-    host = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
-    safe = "/%:=&?~+!$,;'@()*[]"
-    return urllib.parse.urlunsplit((parts.scheme, host, urllib.parse.quote(parts.path, safe), urllib.parse.quote(parts.query, safe), ""))
-
-
-def _check_url(url: str, allow_private: bool) -> None:
-    """Refuse other schemes than http(s), and private addresses written as numbers (a proxy would reach them for us)."""
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise _PrivateAddress(f"{url} is not an http or https address")
+@contextlib.contextmanager
+def _disk() -> Iterator[None]:
     try:
-        address = ipaddress.ip_address(parts.hostname)
-    except ValueError:
-        return
-    if not allow_private and not _is_public(str(address)):
-        raise _PrivateAddress(f"{address} is a private address; download.allow_private=true allows it")
+        yield
+    except OSError as error:
+        raise _DiskError from error
 
 
-def _is_public(address: str) -> bool:
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        # ::ffff:127.0.0.1 and the two NAT/6to4 forms reach the IPv4 address inside them
-        inner = ip.ipv4_mapped or ip.sixtofour
-        if inner is None and ip in ipaddress.ip_network("64:ff9b::/96"):
-            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        if inner is not None:
-            return _is_public(str(inner))
-    return ip.is_global and not ip.is_multicast
+def _check_whole(path: Path) -> None:
+    """Where the server did not say how long the file is, only the file can tell that it was cut."""
+    try:
+        parse_gif(path.read_bytes())
+    except RejectedClip as rejected:
+        if rejected.reason == "truncated":
+            raise ConnectionError("the connection closed inside the GIF") from rejected
 
 
-def _connect(address: tuple[str, int], timeout: Any = None, source_address: Any = None) -> socket.socket:
-    """`socket.create_connection` that refuses private addresses.
-
-    The address that is checked is the one that is connected to: a name cannot change its meaning in between.
-    """
-    refused = None
-    problem: OSError | None = None
-    for *_, place in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
-        if not _is_public(str(place[0])):
-            refused = place[0]
-            continue
-        try:
-            return socket.create_connection((str(place[0]), address[1]), timeout, source_address)
-        except OSError as error:
-            problem = error
-    if problem is not None:
-        raise problem
-    raise _PrivateAddress(f"{address[0]} is the private address {refused}; download.allow_private=true allows it")
-
-
-def _checked(connection: type[http.client.HTTPConnection]) -> Any:
-    def make(*args: Any, **kwargs: Any) -> http.client.HTTPConnection:
-        made = connection(*args, **kwargs)
-        made._create_connection = _connect  # type: ignore[attr-defined]  # where http.client keeps it, plain and TLS alike
-        return made
-
-    return make
-
-
-class _Http(urllib.request.HTTPHandler):
-    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        # Through a proxy the connection goes to the proxy, which is allowed to be private.
-        connection = http.client.HTTPConnection
-        return self.do_open(connection if request.has_proxy() else _checked(connection), request)
-
-
-class _Https(urllib.request.HTTPSHandler):
-    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        connection = http.client.HTTPSConnection
-        return self.do_open(connection if getattr(request, "_tunnel_host", None) else _checked(connection), request)
-
-
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    def __init__(self, allow_private: bool) -> None:
-        self.allow_private = allow_private
-
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> urllib.request.Request | None:
-        _check_url(newurl, self.allow_private)
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-@functools.cache
-def _opener(allow_private: bool) -> urllib.request.OpenerDirector:
-    """An opener that knows http and https and nothing else (no file:, ftp: or data:)."""
-    opener = urllib.request.OpenerDirector()
-    http_handlers = (urllib.request.HTTPHandler(), urllib.request.HTTPSHandler()) if allow_private else (_Http(), _Https())
-    handlers = (urllib.request.ProxyHandler(), urllib.request.HTTPDefaultErrorHandler(), urllib.request.HTTPErrorProcessor())
-    for handler in (*handlers, _Redirects(allow_private), *http_handlers):
-        opener.add_handler(handler)
-    return opener
+def _retry_after(text: str | None) -> float | None:
+    """Seconds of a Retry-After header: a number, or a date; None if there is none."""
+    if text is None:
+        return None
+    if text.strip().isdecimal():
+        return float(text)
+    try:
+        moment = email.utils.parsedate_to_datetime(text)
+        return max(0.0, (moment - datetime.datetime.now(datetime.UTC)).total_seconds())
+    except (TypeError, ValueError):
+        return None

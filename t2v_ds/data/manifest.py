@@ -21,7 +21,7 @@ from t2v_ds.files import write_atomically
 
 MANIFEST = "manifest.json"
 FORMATS = {"raw": "t2v_ds.raw/1", "tokens": "t2v_ds.tokens/1"}
-_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar")
+SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar")
 STAGES = {"raw": "t2v prepare", "tokens": "t2v tokenize"}  # what makes each kind
 
 
@@ -117,7 +117,7 @@ class Manifest:
         try:
             shards = [ShardInfo(**shard) for shard in data["shards"]]
             for shard in shards:
-                if not _SHARD_NAME.fullmatch(shard.name):  # a path would lead out of the folder
+                if not SHARD_NAME.fullmatch(shard.name):  # a path would lead out of the folder
                     raise ValueError(f"shard name {shard.name!r}")
             return cls(**{**data, "shards": shards})
         except (TypeError, KeyError, ValueError) as error:

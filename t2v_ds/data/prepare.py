@@ -1,6 +1,6 @@
 """A source -> raw shards, in parallel, restartable after being killed at any instant, the same bytes every time.
 
-    rows of the source -> blocks of 16 -> worker processes: load, reject or keep
+    rows of the source -> blocks of 16 -> (threads of the main process: download) -> worker processes: load, reject or keep
       -> OUT/.work/block-N/ (clips.tar, its index, result.json)      renamed when whole
       -> packed in order into OUT/raw-N.tar as soon as enough clips wait; a packed block keeps only its result.json
       -> rejected.jsonl -> manifest.json -> .work and downloads removed
@@ -12,37 +12,30 @@ them, and goes on with the blocks that are missing. Which worker did what, and w
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import logging
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
-from collections import deque
-from collections.abc import Generator, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from multiprocessing.connection import wait as wait_for_sentinel
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from t2v_ds.config import PrepareConfig, parse_part
-from t2v_ds.data.gif import RejectedClip
+from t2v_ds.data.blocks import make_blocks
+from t2v_ds.data.dataset import ShardDataset
 from t2v_ds.data.manifest import MANIFEST, Manifest
-from t2v_ds.data.pack import CLIPS, REJECTED, RESULT, Packer, block_folder, blocks_of, is_finished
-from t2v_ds.data.shards import ShardDataset, raw_members, write_shard
+from t2v_ds.data.pack import REJECTED, Packer, blocks_of, is_finished
+from t2v_ds.data.report import write_report
 from t2v_ds.data.sources import Source, open_source
 from t2v_ds.errors import ConfigError, DataError
-from t2v_ds.files import create_once, rename_durably, write_atomically
+from t2v_ds.files import create_once
 
 logger = logging.getLogger(__name__)
-
-_BLOCKS_AHEAD = 8  # times the workers: how far the others may run ahead of a slow block
 
 
 def prepare(config: PrepareConfig) -> Manifest:
@@ -54,7 +47,10 @@ def prepare(config: PrepareConfig) -> Manifest:
         ConfigError: no folder was given.
     """
     with _opened(config, fcntl.LOCK_EX) as (source, rows, identity, done):
-        return done if done is not None else _run(source, config, rows, identity)
+        manifest = done if done is not None else _run(source, config, rows, identity)
+        if config.report:
+            write_report(config.out)
+        return manifest
 
 
 def prepare_part(config: PrepareConfig) -> None:
@@ -73,7 +69,7 @@ def prepare_part(config: PrepareConfig) -> None:
         total, missing = (sum(len(blocks[block]) for block in some) for some in (mine, todo))
         with contextlib.ExitStack() as stack:
             progress = stack.enter_context(_progress(total, total - missing))
-            for block in stack.enter_context(contextlib.closing(_process_blocks(source, config, blocks, todo))):
+            for block in stack.enter_context(contextlib.closing(make_blocks(source, config, blocks, todo))):
                 progress.update(len(blocks[block]))
 
 
@@ -121,8 +117,10 @@ def _locked(out: Path, lock: int) -> Iterator[None]:
 
 def _identity(source: Source, config: PrepareConfig) -> dict[str, Any]:
     """What decides the result: two runs that agree on this may share a folder."""
-    names = ("image_size", "min_frames", "max_frames", "chunk_clips", "shard_clips", "limit")
-    return {"source": source.describe(), "settings": {name: getattr(config, name) for name in names}}
+    names = ("image_size", "min_frames", "max_frames", "require_trailer", "chunk_clips", "shard_clips", "limit")
+    settings = {name: getattr(config, name) for name in names}
+    settings |= {f"filters.{name}": value for name, value in dataclasses.asdict(config.filters).items()}
+    return {"source": source.describe(), "settings": settings}
 
 
 def _finished(out: Path, identity: dict[str, Any]) -> Manifest | None:
@@ -164,9 +162,9 @@ def _run(source: Source, config: PrepareConfig, rows: int, identity: dict[str, A
     _remove_half_made(packer.work, range(len(packer.blocks)))
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(_progress(rows, packer.rows_done))
-        todo = [block for block in range(len(packer.blocks)) if block not in packer.results]
+        todo = [block for block in range(len(packer.blocks)) if block not in packer.finished]
         # closing(): an error here must end the workers now, not when the generator is collected.
-        blocks = stack.enter_context(contextlib.closing(_process_blocks(source, config, packer.blocks, todo, packer)))
+        blocks = stack.enter_context(contextlib.closing(make_blocks(source, config, packer.blocks, todo, lambda: packer.front)))
         for block in blocks:
             packer.add(block)
             progress.update(len(packer.blocks[block]))
@@ -198,106 +196,3 @@ def _remove_scratch(out: Path) -> None:
     for name in ("downloads", ".work"):  # the one that says so goes last
         if (out / name).exists():
             shutil.rmtree(out / name)
-
-
-# --- in the worker processes ---------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Job:
-    """What a worker process works on, set once when it starts."""
-
-    source: Source
-    config: PrepareConfig
-
-
-_job: _Job | None = None
-
-
-def _start_worker(source: Source, config: PrepareConfig) -> None:
-    global _job
-    _job = _Job(source, config)
-    # The main process decides what a signal to the whole group means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-
-
-def _die_with_parent() -> None:
-    """End this process when the main one is killed: nothing else would, and it would write beside the next run."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait_for_sentinel([parent.sentinel])
-        os._exit(1)
-
-
-def _work(block: int, rows: range) -> int:
-    assert _job is not None
-    return _make_block(_job.source, _job.config, block, rows)
-
-
-def _make_block(source: Source, config: PrepareConfig, block: int, rows: range) -> int:
-    """Load the rows of a block and leave the folder of the block; returns its number."""
-    work = Path(config.out) / ".work"
-    temporary = work / f".block-{block:06d}.{os.getpid()}"
-    temporary.mkdir(exist_ok=True)
-    rejected: list[dict[str, Any]] = []
-
-    def clips() -> Iterator[tuple[str, dict[str, bytes]]]:
-        for i in rows:
-            try:
-                clip = source.load(i, config)
-            except RejectedClip as error:
-                rejected.append({"key": source.key(i), "reason": error.reason, "detail": error.detail, "source": source.where(i)})
-            else:
-                yield source.key(i), raw_members(clip.frames, clip.caption, clip.durations_ms, clip.provenance)
-
-    source.prefetch(rows, config)
-    shard = write_shard(temporary / CLIPS, clips())
-    write_atomically(temporary / RESULT, json.dumps({"kept": shard.clips, "rejected": rejected}).encode())
-    try:
-        rename_durably(temporary, block_folder(work, block))
-    except OSError:  # the same part runs twice, and the other process was faster
-        if not is_finished(work, block):
-            raise
-        shutil.rmtree(temporary, ignore_errors=True)
-    source.release(rows, config)
-    return block
-
-
-# --- in the main process -------------------------------------------------------------------------------------------
-
-
-def _process_blocks(
-    source: Source, config: PrepareConfig, blocks: list[range], missing: list[int], packer: Packer | None = None
-) -> Generator[int, None, None]:
-    """Have the missing blocks made, not too far ahead of what is packed; yields each as it is finished, in any order."""
-    todo = deque(missing)
-    workers = min(config.workers or _usable_cores(), len(todo))
-    if workers <= 1:
-        for block in todo:
-            yield _make_block(source, config, block, blocks[block])
-        return
-    # spawn: a forked copy of a process with threads (torch, TensorBoard) may hang on their locks.
-    context = multiprocessing.get_context("spawn")
-    before = set(multiprocessing.active_children())
-    executor = ProcessPoolExecutor(workers, context, _start_worker, (source, config))
-    try:
-        running: set[Future[int]] = set()
-        while todo or running:
-            while todo and len(running) < 2 * workers and (packer is None or todo[0] < packer.front + _BLOCKS_AHEAD * workers):
-                block = todo.popleft()
-                running.add(executor.submit(_work, block, blocks[block]))
-            finished, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in finished:
-                yield future.result()
-    except BaseException:
-        for child in set(multiprocessing.active_children()) - before:
-            child.terminate()  # a block may take minutes where links are dead; whatever it was doing is done again
-        raise
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

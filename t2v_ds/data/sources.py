@@ -11,8 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -20,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from t2v_ds.config import PrepareConfig
-from t2v_ds.data.download import cache_path, fetch
+from t2v_ds.data.download import Fetcher
 from t2v_ds.data.gif import RejectedClip, decode_gif
 from t2v_ds.data.moving_shapes import draw_clip, held_out_combinations
 from t2v_ds.data.tsv import Row, file_rows, url_rows
@@ -28,7 +27,6 @@ from t2v_ds.errors import ConfigError, DataError, nearest
 
 MOVING_SHAPES = "moving-shapes"
 _LARGEST_FILE = 256 * 2**20  # bytes of a GIF of a folder; read whole
-_DOWNLOAD_THREADS = 8  # in each worker process
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,10 @@ class Source(Protocol):
     def name(self) -> str:
         """Of the kind of source."""
 
+    @property
+    def is_drawn(self) -> bool:
+        """Are the clips drawn by chance? Then two that are equal are no mistake, and none is rejected as a duplicate."""
+
     def __len__(self) -> int: ...
 
     def key(self, i: int) -> str:
@@ -59,14 +61,17 @@ class Source(Protocol):
     def describe(self) -> dict[str, Any]:
         """What the manifest says of the source; another source never describes itself the same."""
 
-    def prefetch(self, rows: range, config: PrepareConfig) -> None:
-        """Fetch what is slow to reach, many at a time, before the rows are loaded one by one."""
+    def urls(self, rows: range) -> list[str]:
+        """What must be downloaded before the rows are loaded."""
+
+    def fetcher(self, config: PrepareConfig) -> Fetcher:
+        """Downloads it."""
+
+    def set_failures(self, failures: Mapping[str, RejectedClip]) -> None:
+        """Tell which of the URLs of the rows that are loaded next could not be fetched."""
 
     def load(self, i: int, config: PrepareConfig) -> Clip:
         """Load row `i`; RejectedClip if it is no clip for the data set."""
-
-    def release(self, rows: range, config: PrepareConfig) -> None:
-        """Forget what was fetched for rows that are done."""
 
 
 def open_source(config: PrepareConfig) -> Source:
@@ -92,16 +97,25 @@ def open_source(config: PrepareConfig) -> Source:
 
 
 class _Rows:
-    """What the sources share: names of rows, and nothing to fetch."""
+    """What the sources share: names of rows, files of somebody else's making, and nothing to fetch."""
+
+    is_drawn = False
 
     def key(self, i: int) -> str:
         """See `Source`."""
         return f"{i:08d}"
 
-    def prefetch(self, rows: range, config: PrepareConfig) -> None:
+    def urls(self, rows: range) -> list[str]:
         """See `Source`."""
+        return []
 
-    def release(self, rows: range, config: PrepareConfig) -> None:
+    def fetcher(self, config: PrepareConfig) -> Fetcher:
+        """See `Source`."""
+        # A part has a folder of its own: no other part deletes a file that it is about to read.
+        folder = f"part-{config.part.replace('/', '-of-')}" if config.part else "all"
+        return Fetcher(Path(config.out) / "downloads" / folder, config.download)
+
+    def set_failures(self, failures: Mapping[str, RejectedClip]) -> None:
         """See `Source`."""
 
 
@@ -109,6 +123,7 @@ class _Rows:
 class MovingShapesSource(_Rows):
     """Captioned shapes that move, drawn from (seed, row)."""
 
+    is_drawn = True
     clips: int
     seed: int
     name: str = MOVING_SHAPES
@@ -175,16 +190,12 @@ class FolderSource(_Rows):
 
 @dataclass
 class UrlSource(_Rows):
-    """GIFs named by URL, downloaded into OUT/downloads and removed from there once they are in a finished block."""
+    """GIFs named by URL, which lie in OUT/downloads until the last block that needs them is finished."""
 
     rows: Sequence[Row]
     max_bytes: int
     name: str = "urls"
-    _failed: dict[str, RejectedClip] = field(default_factory=dict)  # so that a dead link is tried once a block
-    _last_use: dict[str, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._last_use = {row.location: i for i, row in enumerate(self.rows)}  # one URL may have several captions
+    _failures: Mapping[str, RejectedClip] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -199,39 +210,23 @@ class UrlSource(_Rows):
         digest = hashlib.sha256(lines.encode()).hexdigest()
         return {"name": self.name, "rows": len(self.rows), "max_bytes": self.max_bytes, "digest": digest}
 
-    def prefetch(self, rows: range, config: PrepareConfig) -> None:
+    def urls(self, rows: range) -> list[str]:
         """See `Source`."""
-        self._failed.clear()
-        urls = dict.fromkeys(self.rows[i].location for i in rows if self.rows[i].caption)
-        with ThreadPoolExecutor(_DOWNLOAD_THREADS) as threads:
-            for _ in threads.map(lambda url: self._fetch(url, config), urls):
-                pass
+        return list(dict.fromkeys(self.rows[i].location for i in rows if self.rows[i].caption))
 
-    def _fetch(self, url: str, config: PrepareConfig) -> None:
-        try:
-            fetch(url, _downloads(config), config.download)
-        except RejectedClip as rejected:
-            self._failed[url] = rejected
+    def set_failures(self, failures: Mapping[str, RejectedClip]) -> None:
+        """See `Source`."""
+        self._failures = failures
 
     def load(self, i: int, config: PrepareConfig) -> Clip:
         """See `Source`."""
         row = self.rows[i]
         _check_caption(row)
-        if row.location in self._failed:
-            failed = self._failed[row.location]
+        if row.location in self._failures:
+            failed = self._failures[row.location]
             raise RejectedClip(failed.reason, failed.detail)
-        data = fetch(row.location, _downloads(config), config.download).read_bytes()
+        data = self.fetcher(config).read(row.location)
         return _decode(data, row, config, {"source": self.name, "url": row.location, "row": i})
-
-    def release(self, rows: range, config: PrepareConfig) -> None:
-        """See `Source`."""
-        for i in rows:
-            if self._last_use[self.rows[i].location] in rows:
-                cache_path(_downloads(config), self.rows[i].location).unlink(missing_ok=True)
-
-
-def _downloads(config: PrepareConfig) -> Path:
-    return Path(config.out) / "downloads"
 
 
 def _check_caption(row: Row) -> None:
@@ -241,7 +236,9 @@ def _check_caption(row: Row) -> None:
 
 def _decode(data: bytes, row: Row, config: PrepareConfig, provenance: dict[str, Any]) -> Clip:
     _check_caption(row)
-    gif = decode_gif(data, config.max_frames, size=config.image_size, min_frames=config.min_frames)
+    gif = decode_gif(
+        data, config.max_frames, size=config.image_size, min_frames=config.min_frames, require_trailer=config.require_trailer
+    )  # fmt: skip
     provenance |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "width": gif.width, "height": gif.height}
     return Clip(gif.frames, gif.durations_ms, row.caption, provenance)
 

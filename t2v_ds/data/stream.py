@@ -1,6 +1,6 @@
 """Order + shards -> the batches of one rank, for ever, with a position that can be saved.
 
-    consumed (samples of the whole run) -> order.batch_positions -> (epoch, index) of this rank's next samples
+    consumed (samples of the whole run) -> order.batch_positions -> Order.places: (epoch, number) of this rank's next samples
       -> threads: load(dataset, places of a micro-batch, ring buffer)    [a micro-batch a thread, and one ahead]
       -> next(): what it returned, in order
 
@@ -11,7 +11,7 @@ Only samples handed over count as consumed, never those prefetched, so a restart
 
 from __future__ import annotations
 
-import itertools
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -20,9 +20,12 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from t2v_ds.data.order import batch_positions, global_order, sample_rng
-from t2v_ds.data.shards import Buffer
+from t2v_ds.data.contents import contents, describe_change
+from t2v_ds.data.dataset import Buffer
+from t2v_ds.data.order import Order, batch_positions, sample_rng
 from t2v_ds.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
 
 Batch = Any  # whatever a load function returns
 
@@ -120,6 +123,7 @@ class ClipStream:
         threads: that read ahead; 0: read in `next()`.
         load: reads the samples of a micro-batch and makes of them what `next()` returns; runs in the threads.
         micro_batch: samples of one `next()`; None: the rank's whole share of a step.
+        order: of the samples; None: all of an epoch permuted with `seed`.
 
     Raises:
         ConfigError: the sizes do not divide evenly.
@@ -136,6 +140,7 @@ class ClipStream:
         threads: int = 1,
         load: Load = whole_samples,
         micro_batch: int | None = None,
+        order: Order | None = None,
     ) -> None:
         if batch < 1 or batch % world_size:
             raise ConfigError(f"setting 'train.batch' is {batch}; allowed: a multiple of the number of ranks ({world_size})")
@@ -157,6 +162,7 @@ class ClipStream:
         self._buffers = RingBuffers(self._ahead + 2)
         self._consumed = 0  # samples of the whole run, in finished steps
         self._micro = 0  # micro-batches of the current step handed over
+        self.order = order or Order(len(dataset), seed)
         self._positions = self._rank_positions()
 
     @property
@@ -193,26 +199,38 @@ class ClipStream:
         """The position at the start of the current step; the same on every rank, and valid for any world size."""
         return {
             "consumed": self._consumed,
-            "seed": self.seed,
             "digest": self.dataset.digest,
             "clips": len(self.dataset),
+            "shards": contents(self.dataset),
             "batch": self.batch,
+            **self.order.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position; the batch and the world size may have changed since.
+    def load_state_dict(self, state: dict[str, Any], accept_new_data: bool = False) -> None:
+        """Go to a saved position; the world size may have changed since, and without length buckets the batch.
+
+        Args:
+            state: what `state_dict` returned.
+            accept_new_data: where the data is another, go to the start of the epoch that the position is in.
 
         Raises:
-            DataError: the position belongs to another data set or seed.
+            DataError: the position belongs to another data set (says what changed) or order.
         """
+        self.order.check(state)
+        consumed = int(state["consumed"])
         if state["digest"] != self.dataset.digest:
-            raise DataError(
-                f"the saved position belongs to other data (digest {state['digest'][:12]}, {state['clips']} clips) than this run's "
-                f"(digest {self.dataset.digest[:12]}, {len(self.dataset)} clips): resume with the same data, or start a new run"
-            )
-        if state["seed"] != self.seed:
-            raise DataError(f"the saved position was made with seed {state['seed']}, this run has seed {self.seed}: they must be equal")
-        self._consumed = int(state["consumed"])
+            change = describe_change(state.get("shards", {}), contents(self.dataset))
+            if not accept_new_data:
+                raise DataError(
+                    f"the saved position belongs to other data (digest {state['digest'][:12]}, {state['clips']} clips) than this run's "
+                    f"(digest {self.dataset.digest[:12]}, {len(self.dataset)} clips), where {change}: resume with the same data, "
+                    "begin the epoch anew on this data (accept_new_data=true), or start a new run"
+                )
+            epoch = consumed // int(state["clips"])
+            logger.info("epoch %d begins anew, on %d clips instead of %d, where %s", epoch, len(self.dataset), state["clips"], change)
+            consumed = epoch * len(self.dataset)
+        self._consumed = consumed
+        self.order = self.order.starting_at(consumed)
         self._micro = 0
         self._restart()
 
@@ -228,22 +246,17 @@ class ClipStream:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _rank_positions(self) -> Iterator[int]:
-        """Positions of this rank from the next micro-batch on, for ever."""
-        consumed, skip = self._consumed, self._micro * self.micro_batch
+    def _rank_positions(self) -> Iterator[range]:
+        """Positions of this rank's micro-batches, from the next one on, for ever."""
+        consumed, micro = self._consumed, self._micro
         while True:
-            yield from batch_positions(consumed, self.rank, self.world_size, self._share)[skip:]
-            consumed, skip = consumed + self.batch, 0
+            positions = batch_positions(consumed, self.rank, self.world_size, self._share)
+            for first in range(micro * self.micro_batch, self._share, self.micro_batch):
+                yield positions[first : first + self.micro_batch]
+            consumed, micro = consumed + self.batch, 0
 
     def _next_places(self) -> Places:
-        size = len(self.dataset)
-        positions = np.fromiter(itertools.islice(self._positions, self.micro_batch), dtype=np.int64)
-        epochs, rest = np.divmod(positions, size)
-        numbers = np.empty_like(rest)
-        for epoch in {int(epochs[0]), int(epochs[-1])} if epochs[-1] - epochs[0] < 2 else set(epochs.tolist()):
-            here = epochs == epoch
-            numbers[here] = global_order(self.seed, epoch, size)[rest[here]]
-        return Places(epochs, numbers, self.seed)
+        return Places(*self.order.places(next(self._positions)), self.seed)
 
     def _next_batch(self) -> Batch:
         if self._executor is None:

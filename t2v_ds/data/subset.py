@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from t2v_ds.data.shards import Buffer, ShardDataset
+from t2v_ds.data.dataset import Buffer, ShardDataset
+from t2v_ds.data.manifest import ShardInfo
 from t2v_ds.errors import ConfigError
 
 
@@ -40,6 +41,18 @@ class Selection:
     def lengths(self) -> np.ndarray:
         """Frames of each clip: int64 [N]."""
         return self.dataset.lengths[self.numbers]
+
+    @property
+    def shards(self) -> list[ShardInfo]:
+        """Those of the data set."""
+        return self.dataset.shards
+
+    @property
+    def shard_ranges(self) -> list[np.ndarray]:
+        """For each shard, the numbers of the selection's clips that lie in it."""
+        starts = [part.start for part in self.dataset.shard_ranges]
+        shards = np.searchsorted(starts, self.numbers, side="right") - 1
+        return [(shards == shard).nonzero()[0] for shard in range(len(starts))]
 
     def keys(self, numbers: np.ndarray) -> list[str]:
         """The names of many clips."""

@@ -14,8 +14,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from t2v_ds.data.dataset import ShardDataset
 from t2v_ds.data.manifest import Manifest
-from t2v_ds.data.shards import ShardDataset
 from t2v_ds.data.subset import Selection, split
 from t2v_ds.evaluation.reconstruction import psnr, some_clips
 from t2v_ds.files import write_atomically

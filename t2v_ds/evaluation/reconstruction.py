@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from t2v_ds.data.shards import ShardDataset
+from t2v_ds.data.dataset import ShardDataset
 from t2v_ds.data.subset import Selection
 from t2v_ds.models.facade import Tokenizer
 

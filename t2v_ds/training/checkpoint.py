@@ -52,6 +52,8 @@ MAY_CHANGE = frozenset(
         ),
     ]
 )
+# Settings that checkpoints of earlier versions lack, and what they then were; None: what they are now.
+ADDED = {"train.shard_window": 0, "length_buckets": 0, "tokenizer_id": None}
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -86,6 +88,8 @@ def remove_old(run: Path, keep: int) -> None:
 def config_difference(saved: dict[str, Any], present: dict[str, Any]) -> tuple[str, Any, Any] | None:
     """The first setting that differs and may not: (dotted key, saved value, present value); None: none."""
     before, now = _flat(saved), _flat(present)
+    for key in ADDED.keys() & now.keys():
+        before.setdefault(key, now[key] if ADDED[key] is None else ADDED[key])
     for key in sorted(before.keys() | now.keys()):
         if key not in MAY_CHANGE and before.get(key) != now.get(key):
             return key, before.get(key), now.get(key)

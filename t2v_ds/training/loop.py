@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from t2v_ds.config import TrainConfig
+from t2v_ds.data.contents import contents, describe_change
 from t2v_ds.errors import CheckpointError, ConfigError
 from t2v_ds.files import code_digest, remove_folder, write_atomically
 from t2v_ds.training import checkpoint, health
@@ -85,8 +86,8 @@ class Stream(Protocol):
     def state_dict(self) -> dict[str, Any]:
         """The position; valid for any number of ranks."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a position."""
+    def load_state_dict(self, state: dict[str, Any], accept_new_data: bool = False) -> None:
+        """Go to a position; one in other data is refused, or with `accept_new_data` becomes the start of its epoch."""
 
 
 def total_steps(train: TrainConfig, samples: int) -> int:
@@ -111,6 +112,7 @@ def train(
     config: dict[str, Any],
     collate: Callable[[Any], dict[str, Any]],
     resume: bool = True,
+    accept_new_data: bool = False,
     description: str = "train",
 ) -> dict[str, float]:
     """Train `objective` to the end, from wherever an earlier call of the same run got to; every rank calls.
@@ -124,34 +126,37 @@ def train(
         config: the whole run's settings, kept with it and compared on resume.
         collate: what the stream returns -> the batch given to `objective.forward`.
         resume: False: delete the run's checkpoints and curves, and start over.
+        accept_new_data: where the data has changed since, keep the model and begin the epoch anew; else that is refused.
         description: beside the progress bar.
 
     Returns:
         The last logged metrics.
 
     Raises:
-        CheckpointError: a damaged checkpoint, or one made with other settings.
+        CheckpointError: a damaged checkpoint, or one made with other settings; a run finished on other data.
+        DataError: the data has changed since the checkpoint; says what.
         ConfigError: settings that do not fit one another.
         UserError: losses stay non-finite.
         StopRequested: a stop signal came; the checkpoint is saved. A `SystemExit` with code 0.
     """
     collectives = connect()
     steps = total_steps(train, len(stream.dataset))
-    finished = _prepare_folder(run, config, stream.dataset.digest, steps, resume, collectives)
+    finished = _prepare_folder(run, config, stream.dataset, steps, resume, accept_new_data, collectives)
     if finished is not None:
         logger.info("%s is finished already", run)
         return finished
-    return _Training(objective, stream, train, run, seed, config, collate, description, collectives, steps).run_to_end()
+    training = _Training(objective, stream, train, run, seed, config, collate, accept_new_data, description, collectives, steps)
+    return training.run_to_end()
 
 
 def _prepare_folder(
-    run: Path, config: dict[str, Any], data: str, steps: int, resume: bool, collectives: Collectives
+    run: Path, config: dict[str, Any], dataset: Any, steps: int, resume: bool, accept_new_data: bool, collectives: Collectives
 ) -> dict[str, float] | None:
     """Make the folder ready on rank 0; return the metrics of a run that is finished already."""
     outcome: Any = None
     if collectives.rank == 0:
         try:
-            outcome = _prepare_on_rank_0(run, config, data, steps, resume)
+            outcome = _prepare_on_rank_0(run, config, dataset, steps, resume, accept_new_data)
         except CheckpointError as error:  # all ranks must raise, or the others would wait for rank 0
             outcome = error
     outcome = collectives.broadcast_object(outcome)
@@ -160,7 +165,9 @@ def _prepare_folder(
     return outcome  # type: ignore[no-any-return]
 
 
-def _prepare_on_rank_0(run: Path, config: dict[str, Any], data: str, steps: int, resume: bool) -> dict[str, float] | None:
+def _prepare_on_rank_0(
+    run: Path, config: dict[str, Any], dataset: Any, steps: int, resume: bool, accept_new_data: bool
+) -> dict[str, float] | None:
     run.mkdir(parents=True, exist_ok=True)
     if not resume:
         for name in (checkpoint.FOLDER, MONITOR_FOLDER):
@@ -177,8 +184,18 @@ def _prepare_on_rank_0(run: Path, config: dict[str, Any], data: str, steps: int,
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{done} is damaged ({error}): delete it and run again to finish from the last checkpoint") from error
         checkpoint.check_config(saved, config, done)
-        if content.get("data") != data:
-            raise CheckpointError(f"{run} was trained on other data: choose another output folder")
+        if content.get("data") != dataset.digest:
+            change = describe_change(content.get("shards", {}), contents(dataset))
+            if not accept_new_data:
+                raise CheckpointError(
+                    f"{run} was trained on other data ({change}): choose another output folder, "
+                    "or train its model on this data, too, with accept_new_data=true and more train.steps or train.epochs"
+                )
+            if step >= steps:
+                raise CheckpointError(
+                    f"{run} has made {step} steps on other data ({change}), and the settings ask for {steps}: "
+                    "raise train.steps or train.epochs to train its model on this data, too"
+                )
         if step >= steps:
             return metrics
         done.unlink()  # the run was made longer
@@ -198,12 +215,14 @@ class _Training:
         seed: int,
         config: dict[str, Any],
         collate: Callable[[Any], dict[str, Any]],
+        accept_new_data: bool,
         description: str,
         collectives: Collectives,
         steps: int,
     ) -> None:
         self.objective, self.stream, self.train, self.run, self.seed = objective, stream, train, run, seed
-        self.config, self.collate, self.description, self.collectives, self.steps = config, collate, description, collectives, steps
+        self.config, self.collate, self.accept_new_data, self.description = config, collate, accept_new_data, description
+        self.collectives, self.steps = collectives, steps
         self.watchdog = health.Watchdog(train.watchdog_s, collectives.rank, board=collectives.noticeboard())
         self.policy = health.NonFinitePolicy()
         self.window = Window()
@@ -239,7 +258,7 @@ class _Training:
                     f"{folder} has made {step} steps but the settings ask for {self.steps}: "
                     "raise train.steps, or choose another output folder"
                 )
-            self.stream.load_state_dict(state["stream"])
+            self.stream.load_state_dict(state["stream"], self.accept_new_data)
             self.window.load_state_dict(state["window"])
             self.policy.total, self.policy.in_a_row = state["skipped"]
             logger.info("resumed from step %d of %d", step, self.steps)
@@ -366,7 +385,8 @@ class _Training:
             self.objective.export(self.run, state)
             metrics = last_metrics(self.run / METRICS_FILE)
             content = {
-                "step": self.step, "metrics": metrics, "config": self.config, "data": self.stream.dataset.digest, "code": code_digest(),
+                "step": self.step, "metrics": metrics, "config": self.config, "data": self.stream.dataset.digest,
+                "shards": contents(self.stream.dataset), "code": code_digest(),
             }  # fmt: skip
             write_atomically(self.run / DONE_FILE, (json.dumps(content, indent=1) + "\n").encode())
         metrics = self.collectives.broadcast_object(metrics)

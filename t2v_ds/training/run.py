@@ -17,11 +17,13 @@ import torch
 from t2v_ds.config import TransformerRunConfig, VQVAERunConfig
 from t2v_ds.config_loader import to_dict
 from t2v_ds.data.collate import frames_batch, pad_codes
-from t2v_ds.data.shards import Buffer, ShardDataset
+from t2v_ds.data.dataset import Buffer, ShardDataset
+from t2v_ds.data.order import Order
+from t2v_ds.data.remote import CachedFolder, LocalFolder, open_folder
 from t2v_ds.data.stream import ClipStream, Places, random_frames, whole_codes
 from t2v_ds.data.subset import Selection, balanced, split
 from t2v_ds.errors import ConfigError
-from t2v_ds.models.exported import load_state
+from t2v_ds.models.exported import CONFIG_FILE, WEIGHTS_FILE, load_state
 from t2v_ds.models.facade import TOKENIZER_FOLDER, Tokenizer, load_tokenizer, require_same_tokenizer
 from t2v_ds.models.text import build_text_encoder
 from t2v_ds.training.distributed import connect
@@ -46,7 +48,7 @@ def train_vqvae(config: VQVAERunConfig) -> dict[str, float]:
     """
     _require_folders(config.data, config.out)
     collectives = connect()
-    with ShardDataset(config.data, "raw", config.chunk) as dataset:
+    with ShardDataset(_opened(config), "raw", config.chunk) as dataset:
         if dataset.manifest.image_size != config.model.image_size:
             raise ConfigError(
                 f"setting 'model.image_size' is {config.model.image_size}, but {config.data} holds frames of "
@@ -69,10 +71,34 @@ def train_vqvae(config: VQVAERunConfig) -> dict[str, float]:
             settings["start"] = start.tokenizer_id  # wherever it lies
         stream = ClipStream(
             clips, config.train.batch, collectives.rank, collectives.world_size, config.seed, config.train.data_threads,
-            random_frames(config.frames_per_clip), micro,
+            random_frames(config.frames_per_clip), micro, _order(clips, config),
         )  # fmt: skip
         with stream:
-            return train(objective, stream, config.train, Path(config.out), config.seed, settings, frames_batch, description="vqvae")
+            return train(
+                objective, stream, config.train, Path(config.out), config.seed, settings, frames_batch,
+                accept_new_data=config.accept_new_data, description="vqvae",
+            )  # fmt: skip
+
+
+def _opened(config: VQVAERunConfig | TransformerRunConfig) -> LocalFolder | CachedFolder:
+    return open_folder(config.data, config.cache.folder, config.cache.max_bytes, config.cache.retries)
+
+
+def _tokenizer_of(data: LocalFolder | CachedFolder) -> Path:
+    """The tokenizer that lies beside token shards, on this machine."""
+    if isinstance(data, CachedFolder):
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            data.fetch(f"{TOKENIZER_FOLDER}/{name}")
+    return data.folder / TOKENIZER_FOLDER
+
+
+def _order(clips: ShardDataset | Selection, config: VQVAERunConfig | TransformerRunConfig) -> Order:
+    """The order of a run's samples."""
+    window, buckets = config.train.shard_window, config.length_buckets if isinstance(config, TransformerRunConfig) else 0
+    return Order(
+        len(clips), config.seed, window=window, shards=clips.shard_ranges if window else (),
+        buckets=buckets, lengths=clips.lengths, batch=config.train.batch,
+    )  # fmt: skip
 
 
 def training_clips(dataset: ShardDataset, config: VQVAERunConfig) -> ShardDataset | Selection:
@@ -125,8 +151,9 @@ def train_transformer(config: TransformerRunConfig) -> dict[str, float]:
     """
     _require_folders(config.data, config.out)
     collectives = connect()
-    with ShardDataset(config.data, "tokens") as dataset:
-        folder = config.tokenizer or str(Path(config.data) / TOKENIZER_FOLDER)
+    data = _opened(config)
+    with ShardDataset(data, "tokens") as dataset:
+        folder = config.tokenizer or str(_tokenizer_of(data))
         tokenizer = load_tokenizer(folder)
         require_same_tokenizer(dataset.manifest.tokenizer_id, f"data {config.data}", tokenizer.tokenizer_id, folder)
         text = build_text_encoder(config.text)
@@ -137,7 +164,7 @@ def train_transformer(config: TransformerRunConfig) -> dict[str, float]:
         micro, _ = accumulation_steps(config.train, collectives.world_size)
         stream = ClipStream(
             dataset, config.train.batch, collectives.rank, collectives.world_size, config.seed, config.train.data_threads,
-            _Vary(config), micro,
+            _Vary(config), micro, _order(dataset, config),
         )  # fmt: skip
 
         def collate(batch: dict[str, Any]) -> dict[str, Any]:
@@ -146,7 +173,11 @@ def train_transformer(config: TransformerRunConfig) -> dict[str, float]:
 
         with stream:
             settings = _settings(config)
-            metrics = train(objective, stream, config.train, Path(config.out), config.seed, settings, collate, description="transformer")
+            settings["tokenizer_id"] = tokenizer.tokenizer_id  # new data may be accepted, but no codes that mean something else
+            metrics = train(
+                objective, stream, config.train, Path(config.out), config.seed, settings, collate,
+                accept_new_data=config.accept_new_data, description="transformer",
+            )  # fmt: skip
         text.log_truncated()
         return metrics
 
@@ -209,6 +240,6 @@ def _require_folders(data: str, out: str) -> None:
 def _settings(config: VQVAERunConfig | TransformerRunConfig) -> dict[str, Any]:
     """The run's settings as they are kept with it, without where it lies."""
     settings = to_dict(config)
-    for name in ("out", "data"):  # a moved folder is the same run; the data's digest is compared on resume
+    for name in ("out", "data", "accept_new_data", "cache"):  # a moved folder is the same run; the data's digest is compared on resume
         settings.pop(name)
     return settings

@@ -5,8 +5,9 @@
     the same random clips, written once for each way -> a process for each way -> rounds: so many batches of every way, one after
     another -> medians
 
-Tokens: whole clips of 15 to 40 frames of 32 x 32 uint16 codes. Frames: FRAMES random frames of 128 x 128 of each clip; a way that cannot read
-a frame alone reads the clip. A process of its own, and CPU time and not time on the clock, because ways have threads that read ahead.
+Tokens: whole clips of 15 to 40 frames of 32 x 32 uint16 codes. Frames: FRAMES random frames of 128 x 128 of each clip; a way that
+cannot read a frame alone reads the clip. A process of its own, and CPU time and not time on the clock, because ways have threads that
+read ahead.
 Everything is in the page cache. "memcpy" copies the same bytes from memory to memory: what no way can beat. Libraries that are not
 installed (mosaicml-streaming, litdata) are named and left out.
 """
@@ -27,7 +28,9 @@ from typing import Any
 
 import numpy as np
 
-from t2v_ds.data.shards import Manifest, ShardDataset, raw_members, token_members, write_shard
+from t2v_ds.data.dataset import ShardDataset
+from t2v_ds.data.manifest import Manifest
+from t2v_ds.data.shards import raw_members, token_members, write_shard
 from t2v_ds.data.stream import ClipStream, random_frames, whole_codes
 
 SHARD = 500  # clips
@@ -117,8 +120,9 @@ def lightning(folder: Path, flags: argparse.Namespace) -> Batches:
     written = folder / "litdata"
     if not written.exists():
         litdata.optimize(
-            fn=_litdata_sample, inputs=[(i, flags.kind) for i in range(flags.clips)], output_dir=str(written), chunk_bytes="64MB", num_workers=1
-        )
+            fn=_litdata_sample, inputs=[(i, flags.kind) for i in range(flags.clips)], output_dir=str(written), chunk_bytes="64MB",
+            num_workers=1,
+        )  # fmt: skip
     dataset = litdata.StreamingDataset(str(written), shuffle=True, seed=1)
     rng = np.random.default_rng(0)
 
@@ -134,7 +138,7 @@ def _litdata_sample(which: tuple[int, str]) -> dict[str, Any]:
     return {"array": clip(*which), "caption": f"caption {which[0]}"}
 
 
-def memmap(folder: Path, flags: argparse.Namespace, checked: bool = False) -> Batches:
+def memmap(folder: Path, flags: argparse.Namespace) -> Batches:
     """One file that is mapped, copied from in random order into a buffer that is used again; nothing is checked."""
     lengths = ShardDataset(folder, "tokens" if flags.kind == "tokens" else "raw").lengths
     shape, dtype = ((32, 32), np.uint16) if flags.kind == "tokens" else ((128, 128, 3), np.uint8)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from t2v_ds.data.shards import ShardDataset
+from t2v_ds.data.dataset import ShardDataset
 from t2v_ds.data.subset import split
 from t2v_ds.models.facade import load_tokenizer
 from tests.helpers import finish, run_ranks, start

@@ -26,9 +26,9 @@ from safetensors.torch import load_file
 
 from t2v_ds.config import PrepareConfig, QuantizerConfig, TokenizeConfig, VQVAEConfig
 from t2v_ds.config_loader import to_dict
+from t2v_ds.data.dataset import ShardDataset
 from t2v_ds.data.gif import encode_gif
 from t2v_ds.data.prepare import prepare
-from t2v_ds.data.shards import ShardDataset
 from t2v_ds.models.facade import export_tokenizer
 from t2v_ds.models.vqvae import VQVAE
 from t2v_ds.tokenize import tokenize
@@ -84,7 +84,7 @@ def entry(folder: Path, ranks: int, name: str, stage: str, precision: str = "fp3
         "log_every": 1, "save_every": STEPS, "visual_every": 12, "watchdog_s": 90, "data_threads": 0,
     }  # fmt: skip
     common = {"out": str(folder / f"{ranks}_{name}_{stage}_{precision}"), "seed": 5, "train": train}
-    if name == "transformer":
+    if name.startswith("transformer"):
         model = {"width": 16, "layers": 2, "heads": 2, "group": 2, "max_frames": 22}
         settings = {
             "sample_prompts": ["a red circle moves right"],
@@ -92,7 +92,11 @@ def entry(folder: Path, ranks: int, name: str, stage: str, precision: str = "fp3
             "excerpt_share": 0.3,
             "text": {"tokens": 12, "width": 16},
         }
-        return {"stage": "transformer", "config": {**common, "data": str(folder / "tokens"), "model": model, **settings}}
+        data = {"data": str(folder / "tokens")}
+        if name == "transformer_url":  # with room for one shard at a time
+            room = max(path.stat().st_size for path in (folder / "tokens").glob("*.tar"))
+            data = {"data": f"file://{folder / 'tokens'}", "cache": {"folder": str(folder / "cache"), "max_bytes": room}}
+        return {"stage": "transformer", "config": {**common, **data, "model": model, **settings}}
     # Without a warm-up the codebook is set from a forward pass before the first step; with one, after a step, when Adam has moments.
     model = to_dict(vqvae_model(name, warmup_steps=0 if name == "ema" else 3))
     losses = {"perceptual": 0, "diversity": 0.1, "lab": 0.5, "ssim": 0.5}
@@ -103,7 +107,7 @@ def entry(folder: Path, ranks: int, name: str, stage: str, precision: str = "fp3
 def trained(folder: Path) -> Path:
     """All runs: one rank at stage 0, two ranks at every stage, each in fp32 and some in bf16."""
     runs = {
-        1: [(name, "zero0", precision) for name in MODELS for precision in ("fp32", "bf16")],
+        1: [*((name, "zero0", precision) for name in MODELS for precision in ("fp32", "bf16")), ("transformer_url", "zero0", "fp32")],
         2: [(name, stage, "fp32") for name, stage in STAGES] + [(name, "zero3", "bf16") for name in MODELS],
     }
     for ranks, chosen in runs.items():
@@ -151,6 +155,13 @@ def test_captions_and_clips_of_different_lengths_were_used(trained: Path) -> Non
         assert len(set(data.lengths.tolist())) > 3
         assert len({len(data.caption(i).split()) for i in range(len(data))}) > 2
         assert len(set(data.read(0)["codes"].flatten().tolist())) > 4
+
+
+def test_data_at_a_url_trains_the_same(trained: Path) -> None:
+    here, there = trained / "1_transformer_zero0_fp32", trained / "1_transformer_url_zero0_fp32"
+    assert curve(here) == curve(there)
+    assert len(list((trained / "cache").glob("*/*.tar"))) == 1
+    assert (here / "model.safetensors").read_bytes() == (there / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from t2v_ds.data.dataset import ShardDataset
 from t2v_ds.data.gif import encode_gif
 from t2v_ds.data.manifest import Manifest
-from t2v_ds.data.shards import ShardDataset
 from t2v_ds.models.facade import export_tokenizer, load_tokenizer
 from tests.fault.conftest import Trained, said, t2v
 

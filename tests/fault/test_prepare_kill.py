@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from t2v_ds.config import PrepareConfig
+from t2v_ds.data.dataset import ShardDataset
 from t2v_ds.data.gif import encode_gif
 from t2v_ds.data.prepare import prepare, prepare_part
-from t2v_ds.data.shards import ShardDataset
 from t2v_ds.errors import DataError
 
 CLIPS = 150
@@ -156,7 +156,7 @@ def test_nothing_finished_is_done_again(
     folder: Path, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped after every block in turn, each row is loaded once over all runs; then a finished folder loads nothing."""
-    import t2v_ds.data.prepare as module
+    import t2v_ds.data.blocks as module
 
     out, loaded, allowed = tmp_path / "raw", [], 0
     real = module._make_block
@@ -266,7 +266,7 @@ def test_a_killed_worker_is_one_sentence_and_the_run_goes_on_later(tmp_path: Pat
         "    from t2v_ds.config import PrepareConfig; from t2v_ds.data.prepare import prepare\n"
         f"    prepare({source!r})\n"
     )
-    (tmp_path / "main.py").write_text("from t2v_ds.config import DownloadConfig\n" + code)
+    (tmp_path / "main.py").write_text("from t2v_ds.config import DownloadConfig, FilterConfig\n" + code)
     run = subprocess.run([sys.executable, str(tmp_path / "main.py")], capture_output=True, text=True, timeout=60)
     assert run.returncode == 1
     assert "DataError: a worker process was killed while preparing" in run.stderr

@@ -141,6 +141,15 @@ def test_config_difference() -> None:
     assert config_difference(saved, {**saved, "extra": 1}) == ("extra", None, 1)
 
 
+def test_settings_that_an_earlier_version_lacked_were_off() -> None:
+    before = {"train": {"batch": 2}}
+    now = {"train": {"batch": 2, "shard_window": 0}, "length_buckets": 0, "tokenizer_id": "t"}
+    assert config_difference(before, now) is None
+    assert config_difference(before, {**now, "length_buckets": 4}) == ("length_buckets", 0, 4)
+    assert config_difference(now, {**now, "tokenizer_id": "other"}) == ("tokenizer_id", "t", "other")
+    assert config_difference(now, before) == ("length_buckets", 0, None)
+
+
 # -- exported models ----------------------------------------------------------------------------------------------------
 
 

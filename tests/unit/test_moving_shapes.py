@@ -11,6 +11,7 @@ import pytest
 
 from t2v_ds.config import PrepareConfig
 from t2v_ds.data import moving_shapes
+from t2v_ds.data.dataset import ShardDataset
 from t2v_ds.data.manifest import Manifest
 from t2v_ds.data.moving_shapes import (
     BACKGROUNDS,
@@ -28,7 +29,6 @@ from t2v_ds.data.moving_shapes import (
     is_held_out,
 )
 from t2v_ds.data.prepare import prepare
-from t2v_ds.data.shards import ShardDataset
 
 
 def test_a_clip_is_a_pure_function_of_seed_and_index() -> None:

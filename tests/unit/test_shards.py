@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from t2v_ds.data.shards import Manifest, ShardDataset, index_path, load_shard_info, raw_members, read_shard, token_members, write_shard
+from t2v_ds.data.dataset import ShardDataset
+from t2v_ds.data.manifest import Manifest
+from t2v_ds.data.shards import index_path, load_shard_info, raw_members, read_shard, token_members, write_shard
 from t2v_ds.errors import DataError
 
 
@@ -193,7 +195,7 @@ def test_a_shard_that_fails_while_written_leaves_no_shard(tmp_path: Path) -> Non
 
 
 def test_many_threads_and_more_shards_than_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("t2v_ds.data.shards._OPEN_FILES", 2)
+    monkeypatch.setattr("t2v_ds.data.dataset._OPEN_FILES", 2)
     build(tmp_path, clips=12, shard_clips=2)
     data = ShardDataset(tmp_path, "raw")
     wrong: list[int] = []

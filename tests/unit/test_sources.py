@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,10 +20,11 @@ import numpy as np
 import pytest
 
 from t2v_ds.config import DownloadConfig, PrepareConfig
-from t2v_ds.data import download
+from t2v_ds.data import download, transport
+from t2v_ds.data.dataset import ShardDataset
 from t2v_ds.data.gif import RejectedClip, encode_gif
+from t2v_ds.data.prefetch import Prefetcher
 from t2v_ds.data.prepare import prepare
-from t2v_ds.data.shards import ShardDataset
 from t2v_ds.data.sources import caption_of_name, open_source
 from t2v_ds.errors import ConfigError, DataError
 
@@ -77,6 +81,15 @@ def test_folder_with_captions_from_file_names(folder: Path) -> None:
         ("short.gif", "too_short"),
     ]
     assert caption_of_name("x/the_dog's--toy_(3).gif") == "the dog's toy"
+
+
+def test_a_gif_without_its_last_byte_is_taken_on_request(tmp_path: Path) -> None:
+    root = tmp_path / "gifs"
+    root.mkdir()
+    (root / "whole.gif").write_bytes(gif_bytes())
+    (root / "bare.gif").write_bytes(gif_bytes()[:-1])
+    assert outcomes(config(root)) == [("bare.gif", "truncated"), ("whole.gif", "whole")]
+    assert outcomes(config(root, require_trailer=False)) == [("bare.gif", "bare"), ("whole.gif", "whole")]
 
 
 @pytest.mark.parametrize("place", ["inside", "beside", "named"])
@@ -169,10 +182,11 @@ def test_moving_shapes_name_what_is_held_out_and_draw_the_same_clip_twice() -> N
 
 @dataclass
 class Site:
-    """A web server of a test, and how often each path was asked for."""
+    """A web server of a test, how often each path was asked for, and when."""
 
     url: str = ""
     asked: Counter[str] = field(default_factory=Counter)
+    times: list[float] = field(default_factory=list)
 
 
 @pytest.fixture
@@ -185,7 +199,29 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 
         def do_GET(self) -> None:
             known.asked[self.path] += 1
+            known.times.append(time.monotonic())
             name, data = self.path, gif_bytes()
+            if name in ("/busy", "/closed") and known.asked[name] < 3:
+                self.send_response(429)
+                self.send_header("Retry-After", "1" if name == "/busy" else "3600")
+                self.end_headers()
+                return
+            if name == "/loop":
+                self.send_response(302)
+                self.send_header("Location", "/loop")
+                self.end_headers()
+                return
+            if name in ("/drip-header", "/drip"):
+                self.wfile.write(b"HTTP/1.0 200 OK\r\n" + (b"\r\n" if name == "/drip" else b"X-Slow: "))
+                try:
+                    for byte in data * 100:
+                        self.wfile.write(bytes([byte]) if name == "/drip" else b"a")
+                        time.sleep(0.05)
+                except OSError:
+                    pass
+                return
+            if name == "/page":
+                data = b"<!DOCTYPE html><p>" + b"x" * 150_000
             if name == "/gone" or (name == "/flaky" and known.asked[name] < 3):
                 self.send_error(404 if name == "/gone" else 503)
                 return
@@ -196,16 +232,16 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
                 self.end_headers()
                 return
             self.send_response(200)
-            if name not in ("/endless",):
+            if name not in ("/endless", "/shut"):
                 self.send_header("Content-Length", str(len(data) + (1000 if name == "/cut" else 10**9 if name == "/huge" else 0)))
             self.end_headers()
             if name == "/endless":
                 try:
                     while True:
-                        self.wfile.write(b"x" * 65536)
+                        self.wfile.write(data * 100)
                 except OSError:
                     return
-            self.wfile.write(data)
+            self.wfile.write(data[:-9] if name == "/shut" and known.asked[name] < 3 else data)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     known.url = f"http://127.0.0.1:{server.server_port}"
@@ -213,7 +249,7 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     thread.start()
     monkeypatch.setattr(download, "_BACKOFF_S", 0.01)
     monkeypatch.setenv("no_proxy", "*")
-    download._opener.cache_clear()
+    transport._opener.cache_clear()
     yield known
     server.shutdown()
     server.server_close()
@@ -229,12 +265,11 @@ def url_config(site: Site, tmp_path: Path, names: list[str], allow_private: bool
 def test_downloads_retry_give_up_and_are_bounded(site: Site, tmp_path: Path) -> None:
     names = ["/good", "/gone", "/flaky", "/cut", "/huge", "/endless", "/redirect", "/file", "/escape"]
     settings = url_config(site, tmp_path, names)
-    source = open_source(settings)
-    source.prefetch(range(6), settings)
+    fetch_all(settings, range(6))
     found = dict(zip(names, outcomes(url_config(site, tmp_path, names[:8])), strict=False))
     assert {name: what for name, (_, what) in found.items()} == {
         "/good": "a clip",
-        "/gone": "download_failed",
+        "/gone": "dead_link",
         "/flaky": "a clip",
         "/cut": "download_failed",
         "/huge": "too_large",
@@ -244,24 +279,112 @@ def test_downloads_retry_give_up_and_are_bounded(site: Site, tmp_path: Path) -> 
     }
     assert site.asked["/flaky"] == 3  # two refusals, and then never again: it was in the cache
     assert site.asked["/good"] == 2  # itself once, once through the redirect
-    assert site.asked["/gone"] == 2
+    assert site.asked["/gone"] == 2  # once by each, and no retry
     assert site.asked["/cut"] == 6
     assert not list((tmp_path / "out").rglob("*.tmp"))
 
 
-def test_a_dead_link_is_asked_once_for_all_its_captions_and_files_go_when_a_block_is_done(site: Site, tmp_path: Path) -> None:
+def fetch_all(settings: PrepareConfig, rows: range) -> dict[str, str]:
+    """Fetch what the rows need; URL -> why it failed."""
+    source = open_source(settings)
+    with Prefetcher(source.fetcher(settings), Counter(source.urls(rows)), 4) as prefetcher:
+        failures = prefetcher.request(source.urls(rows)).result(timeout=60)
+    return {url: str(failure) for url, failure in failures.items()}
+
+
+def test_a_dead_link_is_asked_once_for_all_its_captions_and_files_go_when_no_block_needs_them(site: Site, tmp_path: Path) -> None:
     settings = url_config(site, tmp_path, ["/gone", "/good", "/gone", "/good", "/other", "/other"])
     source = open_source(settings)
-    source.prefetch(range(4), settings)
-    for i in (0, 2):
-        with pytest.raises(RejectedClip, match="HTTP 404"):
-            source.load(i, settings)
-    assert site.asked == {"/gone": 1, "/good": 1}
-    source.prefetch(range(4, 5), settings)
-    source.release(range(4), settings)
-    source.release(range(4, 5), settings)
-    kept = [path.read_bytes() for path in (tmp_path / "out").rglob("*.gif")]
-    assert kept == [gif_bytes()]  # /other, which row 5 still needs
+    blocks = [source.urls(rows) for rows in (range(4), range(2, 5), range(4, 6))]
+    with Prefetcher(source.fetcher(settings), Counter(url for urls in blocks for url in urls), 4) as prefetcher:
+        futures = [prefetcher.request(urls) for urls in blocks]
+        for future in futures[:2]:
+            source.set_failures(future.result(timeout=60))
+            for i in (0, 2):
+                with pytest.raises(RejectedClip, match="HTTP 404"):
+                    source.load(i, settings)
+        assert futures[2].result(timeout=60) == {}
+        assert site.asked == {"/gone": 1, "/good": 1, "/other": 1}
+        kept = []
+        for urls in blocks:
+            prefetcher.release(urls)
+            kept.append(len(list((tmp_path / "out").rglob("*.gif"))))
+    assert kept == [2, 1, 0]
+
+
+def test_a_busy_server_is_obeyed_and_does_not_use_up_the_retries(site: Site, tmp_path: Path) -> None:
+    settings = url_config(site, tmp_path, ["/busy", "/closed"])
+    settings.download.retries = 0
+    failures = fetch_all(settings, range(2))
+    assert failures == {f"{site.url}/closed": "download_failed: HTTP 429, which asks to wait 3600 s"}
+    assert site.asked == {"/busy": 3, "/closed": 1}
+    assert site.times[-1] - site.times[0] >= 2
+
+
+class Clock:
+    """The time module, with sleeps that take no time."""
+
+    def __init__(self) -> None:
+        self.slept = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.slept
+
+    def sleep(self, seconds: float) -> None:
+        self.slept += seconds
+
+
+def test_a_rate_limit_spaces_the_requests_to_a_host(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = url_config(site, tmp_path, [f"/{n}" for n in range(11)])
+    settings.download.total_s = 1e6
+    for per_host, least in ((0.0, 0), (0.01, 900)):
+        clock = Clock()
+        monkeypatch.setattr(download, "time", clock)
+        settings.out = str(tmp_path / str(per_host))
+        settings.download.per_host = per_host
+        fetch_all(settings, range(11))
+        assert clock.slept >= least
+        assert bool(clock.slept) == bool(least)
+    assert len(site.times) == 22
+
+
+def test_a_server_cannot_hold_a_download_by_dripping_or_redirecting(site: Site, tmp_path: Path) -> None:
+    names = ["/drip", "/drip-header", "/loop"]
+    settings = url_config(site, tmp_path, names)
+    settings.download.total_s = 1.0  # each byte comes well within timeout_s
+    start = time.monotonic()
+    failures = fetch_all(settings, range(3))
+    assert time.monotonic() - start < 10
+    assert {url.removeprefix(site.url): why for url, why in failures.items()} == {
+        "/drip": "download_failed: TimeoutError: the answer was not complete in time (download.total_s)",
+        "/drip-header": "download_failed: TimeoutError: the answer was not complete in time (download.total_s)",
+        "/loop": "download_failed: HTTP 302, redirected too often",
+    }
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+
+
+def test_what_is_no_gif_is_left_at_once_and_what_was_cut_without_a_length_is_asked_again(site: Site, tmp_path: Path) -> None:
+    settings = url_config(site, tmp_path, ["/page", "/shut"])
+    assert fetch_all(settings, range(2)) == {f"{site.url}/page": "not_a_gif: the answer, called no type, begins with b'<!DOCTYPE html><'"}
+    assert site.asked == {"/page": 1, "/shut": 3}
+    assert [path.read_bytes() for path in (tmp_path / "out").rglob("*.gif")] == [gif_bytes()]
+
+
+def test_a_full_disk_is_an_error_and_no_rejected_clip(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.fsync
+
+    def full(descriptor: int) -> None:
+        if "downloads" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    settings = url_config(site, tmp_path, ["/good", "/gone"])
+    settings.workers = 1
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(DataError, match="No space left on device"):
+            prepare(settings)
+    assert prepare(settings).rejected == {"dead_link": 1}
 
 
 def test_private_addresses_are_refused(site: Site, tmp_path: Path) -> None:
@@ -277,7 +400,7 @@ def test_private_addresses_are_refused(site: Site, tmp_path: Path) -> None:
 
 
 def test_a_public_page_cannot_redirect_to_a_private_address(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download, "_is_public", lambda address: address == "127.0.0.1")  # the test's server plays the public one
+    monkeypatch.setattr(transport, "is_public", lambda address: address == "127.0.0.1")  # the test's server plays the public one
     settings = url_config(site, tmp_path, ["/escape", "/good"], allow_private=False)
     source = open_source(settings)
     with pytest.raises(RejectedClip, match=r"10\.0\.0\.1 is a private address"):
@@ -288,15 +411,18 @@ def test_a_public_page_cannot_redirect_to_a_private_address(site: Site, tmp_path
 def test_the_table_of_public_addresses() -> None:
     private = ["10.1.2.3", "192.168.0.1", "172.16.0.1", "169.254.169.254", "0.0.0.0", "100.64.0.1", "224.0.0.1", "fe80::1%eth0", "fc00::1"]
     private += ["::ffff:10.0.0.1", "2002:7f00:1::", "64:ff9b::a00:1"]
-    assert [address for address in private if download._is_public(address)] == []
-    assert all(download._is_public(address) for address in ("8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8"))
+    assert [address for address in private if transport.is_public(address)] == []
+    assert all(transport.is_public(address) for address in ("8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8"))
 
 
 def test_preparing_a_table_of_urls_fetches_each_once_and_keeps_no_download(site: Site, tmp_path: Path) -> None:
-    names = ["/gone"] + [f"/{n % 12}" for n in range(15)]  # one block: two workers may both fetch what is in the blocks of both
+    names = ["/gone"] + [f"/{n % 12}" for n in range(40)] + ["/gone"]  # three blocks, two workers
     settings = url_config(site, tmp_path, names)
+    table = Path(settings.source)
+    table.write_text("".join(f"{line} {n}\n" for n, line in enumerate(table.read_text().splitlines())))  # a caption each
+    settings.workers = 2
     manifest = prepare(settings)
-    assert (manifest.total_clips, manifest.rejected) == (15, {"download_failed": 1})
+    assert (manifest.total_clips, manifest.rejected) == (40, {"dead_link": 2})
     assert set(site.asked.values()) == {1}
     prepare(settings)
     assert set(site.asked.values()) == {1}

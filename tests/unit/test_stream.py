@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from t2v_ds.data.collate import frames_batch, pad_codes
+from t2v_ds.data.dataset import Buffer, ShardDataset
+from t2v_ds.data.manifest import Manifest
 from t2v_ds.data.order import sample_at
-from t2v_ds.data.shards import Buffer, Manifest, ShardDataset, raw_members, token_members, write_shard
+from t2v_ds.data.shards import raw_members, token_members, write_shard
 from t2v_ds.data.stream import ClipStream, Places, random_frames, whole_codes
 from t2v_ds.errors import ConfigError, DataError
 from t2v_ds.kernels import clips

@@ -1,0 +1,238 @@
+"""What is in a shard that nobody vouches for: its good clips, as an index lists them, and its bad ones, each with a reason.
+
+    NAME.tar -> tar.walk -> members that stand together -> checks of names, checksums, array, text -> ShardScan (clips, bad)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from t2v_ds.data.shards import ARRAYS, DTYPES
+from t2v_ds.data.tar import Damage, Member, walk
+from t2v_ds.errors import DataError
+
+_HEAD = 128  # bytes before the numbers in a .npy file, as numpy has written them for years
+Known = dict[str, dict[str, int]]  # key -> name of a member -> CRC-32
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A clip, or bytes of no known clip, that cannot be used."""
+
+    shard: str
+    key: str  # empty: not known
+    reason: str  # a word to count by
+    detail: str
+    bytes: int = 0
+    is_cut: bool = False  # more clips may be lost than can be told
+
+
+@dataclass
+class ShardScan:
+    """What is in a shard."""
+
+    path: Path
+    bytes: int = 0
+    sha256: str = ""
+    clips: list[dict[str, Any]] = field(default_factory=list)  # as in an index
+    sides: list[int] = field(default_factory=list)  # of the frames of each
+    bad: list[Bad] = field(default_factory=list)
+
+
+class _BadClip(Exception):
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason, self.detail = reason, detail
+
+
+@dataclass
+class _Clip:
+    """The members of a key that stand together in a tar."""
+
+    key: str
+    members: dict[str, tuple[int, bytes]] = field(default_factory=dict)  # name -> offset and payload
+    bytes: int = 0
+    problem: tuple[str, str] | None = None  # reason, detail
+    is_cut: bool = False
+
+
+def scan_shard(path: Path, kind: str, known: Known | None = None, codebook_size: int = 2**16) -> ShardScan:
+    """Read a shard from its start to its end, whatever it holds.
+
+    Args:
+        path: of a tar.
+        kind: "raw" or "tokens".
+        known: checksums to compare with; a clip that has none is bad. None: none are known.
+        codebook_size: codes must be below it.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    seen: set[str] = set()
+    try:
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            size = file.seek(0, os.SEEK_END)
+            found = [_judged(path.name, item, kind, known, codebook_size, seen) for item in _clips(walk(file, size))]
+    except OSError as error:
+        raise DataError(f"shard {path} cannot be read: {error.strerror or error}") from error
+    scan = ShardScan(path, size, sha256)
+    for one in _merged(found):
+        if isinstance(one, Bad):
+            scan.bad.append(one)
+        else:
+            scan.clips.append(one[0])
+            scan.sides.append(one[1])
+    return scan
+
+
+Good = tuple[dict[str, Any], int]  # the entry of a clip in the index, and the side of its frames
+
+
+def _judged(shard: str, item: _Clip | Damage, kind: str, known: Known | None, codebook_size: int, seen: set[str]) -> Good | Bad:
+    if isinstance(item, Damage):
+        return Bad(shard, "", item.reason, item.detail, item.size, item.is_cut)
+    try:
+        return _check(item, kind, known, codebook_size, seen)
+    except _BadClip as bad:
+        return Bad(shard, item.key, bad.reason, bad.detail, item.bytes, item.is_cut)
+
+
+def _merged(found: list[Good | Bad]) -> list[Good | Bad]:
+    """A clip that lacks a member beside damage of an unknown member is one bad clip and not two."""
+    merged: list[Good | Bad] = []
+    for one in found:
+        last = merged[-1] if merged else None
+        if isinstance(last, Bad) and isinstance(one, Bad):
+            clip, damage = (last, one) if last.key else (one, last)
+            if clip.reason == "member_missing" and not damage.key:
+                merged[-1] = dataclasses.replace(damage, key=clip.key, bytes=clip.bytes + damage.bytes)
+                continue
+        merged.append(one)
+    return merged
+
+
+def _clips(items: Iterable[Member | Damage]) -> Iterator[_Clip | Damage]:
+    """Group members that stand together and have the same key."""
+    clip: _Clip | None = None
+    for item in items:
+        if isinstance(item, Member) and item.name.endswith("/"):
+            continue  # a folder; its files are told by their names
+        key, member, problem = _split(item.name)
+        if clip is not None and (clip.key != key or not item.name):
+            yield clip
+            clip = None
+        if isinstance(item, Damage) and not item.name:
+            yield item
+            continue
+        clip = clip or _Clip(key)
+        if isinstance(item, Damage):
+            clip.bytes += item.size
+            clip.problem, clip.is_cut = clip.problem or (item.reason, item.detail), item.is_cut
+            continue
+        clip.bytes += len(item.payload)
+        if member in clip.members:
+            problem = ("duplicate_member", f"member {item.name} is there twice")
+        clip.problem = clip.problem or problem
+        clip.members[member] = (item.offset, item.payload)
+    if clip is not None:
+        yield clip
+
+
+def _split(name: str) -> tuple[str, str, tuple[str, str] | None]:
+    """Key, rest of the name, and what is wrong with it."""
+    short = name.removeprefix("./")
+    key, dot, member = short.partition(".")
+    if key and dot and not set("/\\\0") & set(short):
+        return key, member, None
+    return short, "", ("member_name", f"member {name!r} has not a name such as KEY.frames.npy, KEY.codes.npy or KEY.json")
+
+
+def _check(clip: _Clip, kind: str, known: Known | None, codebook_size: int, seen: set[str]) -> Good:
+    if clip.problem is not None:
+        raise _BadClip(*clip.problem)
+    if clip.key in seen:
+        raise _BadClip("duplicate_key", f"clip {clip.key} is there twice")
+    array_name = f"{ARRAYS[kind]}.npy"
+    for name in (array_name, "json"):
+        if name not in clip.members:
+            raise _BadClip("member_missing", f"member {clip.key}.{name} is missing")
+    crcs = {name: zlib.crc32(clip.members[name][1]) for name in (array_name, "json")}
+    if known is not None and known.get(clip.key) != crcs:
+        if clip.key not in known:
+            raise _BadClip("not_indexed", f"clip {clip.key} is not in the index of the shard")
+        raise _BadClip("checksum", f"clip {clip.key} is not what was written (its checksum differs)")
+    array = _array(clip.members[array_name][1], kind, f"{clip.key}.{array_name}")
+    if kind == "tokens" and array.size and int(array.max()) >= codebook_size:
+        raise _BadClip("code_range", f"member {clip.key}.{array_name} holds code {array.max()}; allowed: below {codebook_size}")
+    text = _text(clip.members["json"][1], len(array), f"{clip.key}.json")
+    members = {name: [clip.members[name][0], len(clip.members[name][1]), crc] for name, crc in crcs.items()}
+    entry = {"key": clip.key, "frames": len(array), "caption": text["caption"], "members": members}
+    if kind == "raw":
+        entry["frame_crcs"] = b"".join(zlib.crc32(frame).to_bytes(4, "little") for frame in array).hex()
+    seen.add(clip.key)
+    return entry, array.shape[1]
+
+
+def _array(payload: bytes, kind: str, name: str) -> np.ndarray:
+    """The array of a .npy file of format 1.0; nothing is unpickled."""
+    file = io.BytesIO(payload)
+    try:
+        version = np.lib.format.read_magic(file)
+        if version != (1, 0):
+            raise ValueError(f"format {version[0]}.{version[1]}; allowed: 1.0")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    except Exception as error:  # numpy lets through what Python's tokenizer raises
+        raise _BadClip("npy_header", f"member {name} is not a .npy file that can be read ({' '.join(str(error).split())[:200]})") from error
+    wanted = "[T, S, S, 3]" if kind == "raw" else "[T, S, S]"
+    fits = len(shape) == (4 if kind == "raw" else 3) and min(shape) > 0 and shape[1] == shape[2] and (kind != "raw" or shape[3] == 3)
+    if dtype != DTYPES[kind] or fortran or not fits:
+        found = f"{dtype} {list(shape)}{' in Fortran order' * fortran}"
+        raise _BadClip("array", f"member {name} holds {found}; allowed: {DTYPES[kind]} {wanted}")
+    head, size = file.tell(), file.tell() + math.prod(shape) * dtype.itemsize
+    if len(payload) != size:
+        raise _BadClip("array_size", f"member {name} has {len(payload)} bytes; {dtype} {list(shape)} takes {size}")
+    array = np.frombuffer(payload, dtype, offset=head).reshape(shape)
+    if head == _HEAD and payload[:head] != _npy_head(array):  # a stream compares headers of this length byte by byte
+        raise _BadClip("npy_header", f"the header of member {name} is not as numpy writes it")
+    return array
+
+
+def _npy_head(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+    return file.getvalue()
+
+
+def _text(payload: bytes, frames: int, name: str) -> dict[str, Any]:
+    """What the JSON of a clip of so many frames says."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        text = json.loads(payload.decode(), parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise _BadClip("json", f"member {name} is not JSON ({error})") from error
+    if not isinstance(text, dict):
+        raise _BadClip("json", f"member {name} is not a JSON object")
+    durations, caption = text.get("durations_ms"), text.get("caption")
+    if not isinstance(caption, str) or not caption.strip():
+        raise _BadClip("caption", f"member {name} has no caption")
+    if not isinstance(durations, list) or len(durations) != frames or not all(type(one) is int and one >= 0 for one in durations):
+        raise _BadClip("json_fields", f'member {name} has no "durations_ms" of {frames} whole numbers, one a frame')
+    if not isinstance(text.get("provenance"), dict) or text.get("frames", frames) != frames:
+        raise _BadClip("json_fields", f'member {name} has no object "provenance", or "frames" that are not {frames}')
+    return text
