@@ -1,7 +1,7 @@
 """Threads on chunks of different domains, merged, against naive averaging, the best thread, sequential and joint training.
 
     .venv/bin/python tests/bench/forgetting.py --source GIFS --out runs/forgetting [--seeds 3] [--chunks 4]
-                                               [--warm 200] [--steps 400] [--cumulative 400]
+                                               [--warm 150] [--steps 75] [--cumulative 700]
 
     GIFS/DOMAIN/*.gif -> one chunk a domain (the largest ones) -> a short start on all -> a thread a chunk -> average -> cumulative step
 
@@ -30,7 +30,7 @@ from t2v_ds.data.shards import raw_members, write_shard
 from t2v_ds.evaluation.forgetting import Table, heat_map, measure_all, measured_clips, table_markdown
 from t2v_ds.generate import write_png
 from t2v_ds.merge import average, load_thread
-from t2v_ds.models.facade import export_tokenizer, load_tokenizer
+from t2v_ds.models.facade import Tokenizer, export_tokenizer, load_tokenizer
 from t2v_ds.training.run import train_vqvae
 
 HELD_OUT = 0.15
@@ -108,12 +108,18 @@ def models(data: Path, root: Path, seed: int, domains: list[str], flags: argpars
     return found
 
 
+def codes_used(tokenizer: Tokenizer, clips: dict[str, list[np.ndarray]]) -> float:
+    """Share of the codebook that the clips of all chunks use together."""
+    used = {code for some in clips.values() for clip in some for code in np.unique(tokenizer.encode(clip)).tolist()}
+    return len(used) / tokenizer.model.config.quantizer.codebook_size
+
+
 def main() -> None:
     """Train, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/forgetting"))
-    for name, default in (("seeds", 3), ("chunks", 4), ("warm", 200), ("steps", 400), ("cumulative", 400)):
+    for name, default in (("seeds", 3), ("chunks", 4), ("warm", 150), ("steps", 75), ("cumulative", 700)):
         parser.add_argument(f"--{name}", type=int, default=default)
     flags = parser.parse_args()
     data = flags.out / "data"
@@ -122,9 +128,13 @@ def main() -> None:
     clips = dict(zip(domains, measured_clips(data, HELD_OUT, 10**6), strict=True))
     print({name: len(one) for name, one in clips.items()})
     tables = []
+    used: dict[str, list[float]] = {}
     for seed in range(flags.seeds):
         folders = models(data, flags.out / f"seed-{seed}", seed, domains, flags)
-        tables.append(measure_all({model: load_tokenizer(folder) for model, folder in folders.items()}, clips))
+        tokenizers = {model: load_tokenizer(folder) for model, folder in folders.items()}
+        tables.append(measure_all(tokenizers, clips))
+        for model, tokenizer in tokenizers.items():
+            used.setdefault(model, []).append(codes_used(tokenizer, clips))
     mean: Table = {}
     for model in tables[0]:
         mean[model] = {}
@@ -137,6 +147,9 @@ def main() -> None:
     for what, digits in (("psnr", 2), ("ssim", 3), ("codes_used", 3)):
         print(f"\n{what}, mean of {flags.seeds} seeds\n")
         print("\n".join(table_markdown(mean, domains, what, digits)))
+    print("\nshare of codes used by all chunks together\n")
+    for model, shares in used.items():
+        print(f"| {model} | {np.mean(shares):.3f} |")
     write_png(flags.out / "heat_map.png", heat_map(mean, domains))
 
 
