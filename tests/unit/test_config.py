@@ -79,8 +79,8 @@ def test_values_are_read_as_what_the_setting_is() -> None:
         (["modle.image_size=3"], "unknown setting 'modle' in the command line: did you mean 'model'?"),
         (
             ["zzz=3"],
-            "unknown setting 'zzz' in the command line: valid: accept_new_data, balance, cache, chunk, data, frames_per_clip, held_out, losses, "
-            "model, out, seed, start, train",
+            "unknown setting 'zzz' in the command line: valid: accept_new_data, balance, cache, chunk, data, frames_per_clip, held_out, "
+            "losses, model, out, seed, start, train",
         ),
         (["train.steps=many"], "setting 'train.steps' in the command line is 'many'; expected a whole number"),
         (["train.steps=1.5"], "setting 'train.steps' in the command line is 1.5; expected a whole number"),
