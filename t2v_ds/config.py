@@ -77,6 +77,7 @@ class PrepareConfig:
     require_trailer: bool = True  # false: also take GIFs without the last byte, as browsers do; one cut between two frames looks alike
     chunk_clips: int = 10_000
     shard_clips: int = 250
+    compression: str = "none"  # "zstd": raw shards take a fourth of the disk; reading takes some time more
     clips: int = 2_000  # how many clips moving-shapes draws
     limit: int = 0  # use only the first rows of the source; 0: all
     workers: int = 0  # processes; 0: one a core
@@ -95,6 +96,7 @@ class PrepareConfig:
         require(self.max_frames <= 10_000, "max_frames", self.max_frames, "<= 10000")
         require(self.chunk_clips >= 1, "chunk_clips", self.chunk_clips, ">= 1")
         require(self.shard_clips >= 1, "shard_clips", self.shard_clips, ">= 1")
+        require(self.compression in ("none", "zstd"), "compression", self.compression, "'none' or 'zstd'")
         require(self.clips >= 1, "clips", self.clips, ">= 1")
         require(self.limit >= 0, "limit", self.limit, ">= 0")
         require(self.workers >= 0, "workers", self.workers, ">= 0")

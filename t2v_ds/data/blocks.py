@@ -164,7 +164,7 @@ def _make_block(source: Source, config: PrepareConfig, block: int, rows: range) 
             else:
                 if not source.is_drawn:
                     fingerprints.append(Fingerprint.of(key, where, clip.frames, clip.caption, config.filters))
-                yield key, raw_members(clip.frames, clip.caption, clip.durations_ms, clip.provenance)
+                yield key, raw_members(clip.frames, clip.caption, clip.durations_ms, clip.provenance, config.compression)
 
     shard = write_shard(temporary / CLIPS, clips())
     result = {"kept": shard.clips, "fingerprints": [dataclasses.astuple(one) for one in fingerprints], "rejected": rejected}

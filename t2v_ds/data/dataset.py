@@ -20,6 +20,7 @@ from typing import Any, NoReturn, Self
 
 import numpy as np
 
+from t2v_ds.data.compression import decompress
 from t2v_ds.data.manifest import MANIFEST, STAGES, Manifest, ShardInfo, digest_of
 from t2v_ds.data.remote import CachedFolder, LocalFolder
 from t2v_ds.data.shards import ARRAYS, DTYPES, check_size, index_path, read_index
@@ -29,6 +30,7 @@ from t2v_ds.kernels.clips import DAMAGED, FILE_ENDS, OTHER_HEAD, Pieces
 _OPEN_FILES = 512  # shards kept open when there are more
 _CLOSED = -1
 _HEAD = 128  # bytes before the numbers in a .npy file of ours
+_LONGEST_HEAD = 2**16  # of anybody's
 
 
 class Buffer:
@@ -77,7 +79,9 @@ class ShardDataset:
         shards_of: list[int] = []
         self.shard_ranges: list[range] = []
         members: list[list[list[int]]] = []  # a clip's [[offset, size, crc32] of the array, [...] of the text]
-        self._frame_crcs: list[str] = []  # as `_frame_crcs` wrote them; empty in shards that others wrote
+        self._frame_crcs: list[str] = []  # as `frame_crcs` wrote them; empty in shards that others wrote
+        self._packed: list[list[int]] = []  # bytes of each frame where they are compressed; else empty
+        compressed: list[bool] = []
         lengths: list[int] = []
         for number, shard in enumerate(self.shards):
             first = len(self._keys)
@@ -86,8 +90,10 @@ class ShardDataset:
                 self._captions.append(clip["caption"])
                 shards_of.append(number)
                 lengths.append(clip["frames"])
-                members.append([clip["members"][f"{ARRAYS[kind]}.npy"], clip["members"]["json"]])
+                compressed.append(f"{ARRAYS[kind]}.npy.zst" in clip["members"])
+                members.append([clip["members"][f"{ARRAYS[kind]}.npy{'.zst' * compressed[-1]}"], clip["members"]["json"]])
                 self._frame_crcs.append(clip.get("frame_crcs", ""))
+                self._packed.append(clip.get("frame_bytes", []))
             self.shard_ranges.append(range(first, len(self._keys)))
         self.lengths = np.array(lengths, dtype=np.int64)  # [N]
         self._shards_of = np.array(shards_of, dtype=np.int64)  # [N]
@@ -98,7 +104,9 @@ class ShardDataset:
         self.frame_shape = (side, side, 3) if kind == "raw" else (side, side)
         self._frame_bytes = math.prod(self.frame_shape) * DTYPES[kind].itemsize
         # As `npy_bytes` writes them, so that arrays can be read without parsing.
-        self._is_plain = bool((table[:, 0, 1] == _HEAD + self.lengths * self._frame_bytes).all())
+        self._is_compressed = np.array(compressed, dtype=bool)  # [N]
+        is_plain = ~self._is_compressed & (table[:, 0, 1] == _HEAD + self.lengths * self._frame_bytes)
+        self._is_plain = bool(is_plain.all())
         if self._is_plain:
             heads = np.zeros((int(self.lengths.max(initial=0)) + 1, _HEAD), dtype=np.uint8)  # of an array of so many frames
             for length in set(lengths):
@@ -165,7 +173,7 @@ class ShardDataset:
         clip = {"key": self._keys[i], "caption": sample["caption"], "durations_ms": sample["durations_ms"], "provenance": provenance}
         if "attributes" in provenance:
             clip["attributes"] = provenance["attributes"]
-        clip[ARRAYS[self.kind]] = self._array(i, array)
+        clip[ARRAYS[self.kind]] = self._array(i, self._unpacked(i, array))
         return clip
 
     def read_codes(self, numbers: np.ndarray, buffer: Buffer) -> np.ndarray:
@@ -201,16 +209,49 @@ class ShardDataset:
         Raises:
             DataError: as `read`.
         """
-        if not self._is_plain or not all(self._frame_crcs[i] for i in numbers):
+        if not all(self._frame_crcs[i] for i in numbers) or not (self._is_plain or self._is_compressed[numbers].all()):
             return np.concatenate([self.read(int(i))["frames"][some] for i, some in zip(numbers, frames, strict=True)])
         clips, wanted = np.repeat(numbers, [len(some) for some in frames]), np.concatenate(frames)
         crcs = [np.frombuffer(bytes.fromhex(self._frame_crcs[i]), dtype="<u4")[some] for i, some in zip(numbers, frames, strict=True)]
-        starts = self._whole.offsets[clips] + _HEAD + wanted * self._frame_bytes
-        sizes = np.full(len(clips), self._frame_bytes, dtype=np.int64)
+        if self._is_plain:
+            starts = self._whole.offsets[clips] + _HEAD + wanted * self._frame_bytes
+            sizes = np.full(len(clips), self._frame_bytes, dtype=np.int64)
+        else:
+            places = [self._packed_places(int(i)) for i in numbers]
+            starts, sizes = (np.concatenate([place[k][some] for place, some in zip(places, frames, strict=True)]) for k in range(2))
         pieces = Pieces(self._files, self._whole.files[clips], starts, sizes, np.concatenate(crcs).astype(np.uint32))
         out = buffer.take(len(clips) * self._frame_bytes)
-        self._read_pieces(pieces, np.arange(len(clips)), clips, out)
+        if self._is_plain:
+            self._read_pieces(pieces, np.arange(len(clips)), clips, out)
+        else:
+            packed = np.empty(int(sizes.sum()), dtype=np.uint8)
+            self._read_pieces(pieces, np.arange(len(clips)), clips, packed)
+            self._unpack_frames(clips, np.split(packed, np.cumsum(sizes)[:-1]), out.reshape(len(clips), -1))
         return out.reshape(-1, *self.frame_shape)
+
+    def _packed_places(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where the compressed frames of a clip are in its shard, and their sizes: int64 [T] each."""
+        sizes = np.array(self._packed[i], dtype=np.int64)
+        return self._whole.offsets[i] + self._whole.sizes[i] - sizes.sum() + np.cumsum(sizes) - sizes, sizes
+
+    def _unpack_frames(self, clips: np.ndarray, packed: list[np.ndarray], out: np.ndarray) -> None:
+        for i, data, frame in zip(clips, packed, out, strict=True):
+            try:
+                found = decompress(data.tobytes(), self._frame_bytes)
+            except ValueError as error:
+                raise DataError(f"a frame of clip {self._keys[i]} of {self.folder} is damaged: {error}") from error
+            if len(found) != self._frame_bytes:
+                raise DataError(f"a frame of clip {self._keys[i]} of {self.folder} has {len(found)} bytes instead of {self._frame_bytes}")
+            frame[:] = np.frombuffer(found, dtype=np.uint8)
+
+    def _unpacked(self, i: int, data: bytes) -> bytes:
+        """The .npy file of a clip, decompressed if need be."""
+        if not self._is_compressed[i]:
+            return data
+        try:
+            return decompress(data, _LONGEST_HEAD + int(self.lengths[i]) * self._frame_bytes)
+        except ValueError as error:
+            raise DataError(f"clip {self._keys[i]} of {self.folder} is damaged: {error}") from error
 
     def _payload(self, i: int, pieces: Pieces) -> bytes:
         out = np.empty(pieces.sizes[i], dtype=np.uint8)

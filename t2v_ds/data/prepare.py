@@ -117,7 +117,7 @@ def _locked(out: Path, lock: int) -> Iterator[None]:
 
 def _identity(source: Source, config: PrepareConfig) -> dict[str, Any]:
     """What decides the result: two runs that agree on this may share a folder."""
-    names = ("image_size", "min_frames", "max_frames", "require_trailer", "chunk_clips", "shard_clips", "limit")
+    names = ("image_size", "min_frames", "max_frames", "require_trailer", "chunk_clips", "shard_clips", "compression", "limit")
     settings = {name: getattr(config, name) for name in names}
     settings |= {f"filters.{name}": value for name, value in dataclasses.asdict(config.filters).items()}
     return {"source": source.describe(), "settings": settings}

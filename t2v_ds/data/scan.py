@@ -19,10 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from t2v_ds.data.shards import ARRAYS, DTYPES
+from t2v_ds.data.compression import decompress
+from t2v_ds.data.shards import ARRAYS, DTYPES, frame_crcs
 from t2v_ds.data.tar import Damage, Member, walk
 from t2v_ds.errors import DataError
 
+_LARGEST_CLIP = 2**32  # bytes, decompressed
 _HEAD = 128  # bytes before the numbers in a .npy file, as numpy has written them for years
 Known = dict[str, dict[str, int]]  # key -> name of a member -> CRC-32
 
@@ -166,6 +168,8 @@ def _check(clip: _Clip, kind: str, known: Known | None, codebook_size: int, seen
     if clip.key in seen:
         raise _BadClip("duplicate_key", f"clip {clip.key} is there twice")
     array_name = f"{ARRAYS[kind]}.npy"
+    if kind == "raw" and array_name not in clip.members and f"{array_name}.zst" in clip.members:
+        array_name += ".zst"
     for name in (array_name, "json"):
         if name not in clip.members:
             raise _BadClip("member_missing", f"member {clip.key}.{name} is missing")
@@ -174,16 +178,43 @@ def _check(clip: _Clip, kind: str, known: Known | None, codebook_size: int, seen
         if clip.key not in known:
             raise _BadClip("not_indexed", f"clip {clip.key} is not in the index of the shard")
         raise _BadClip("checksum", f"clip {clip.key} is not what was written (its checksum differs)")
-    array = _array(clip.members[array_name][1], kind, f"{clip.key}.{array_name}")
+    payload = clip.members[array_name][1]
+    array = _array(_unpacked(payload, f"{clip.key}.{array_name}"), kind, f"{clip.key}.{array_name}")
     if kind == "tokens" and array.size and int(array.max()) >= codebook_size:
         raise _BadClip("code_range", f"member {clip.key}.{array_name} holds code {array.max()}; allowed: below {codebook_size}")
     text = _text(clip.members["json"][1], len(array), f"{clip.key}.json")
     members = {name: [clip.members[name][0], len(clip.members[name][1]), crc] for name, crc in crcs.items()}
     entry = {"key": clip.key, "frames": len(array), "caption": text["caption"], "members": members}
-    if kind == "raw":
-        entry["frame_crcs"] = b"".join(zlib.crc32(frame).to_bytes(4, "little") for frame in array).hex()
+    if kind == "raw" and not array_name.endswith(".zst"):
+        entry["frame_crcs"] = frame_crcs(payload, [array[0].nbytes] * len(array))
+    elif kind == "raw" and "frame_bytes" in text:  # ours; others' are read whole
+        entry["frame_bytes"] = _frame_bytes(text["frame_bytes"], payload, array, f"{clip.key}.json")
+        entry["frame_crcs"] = frame_crcs(payload, entry["frame_bytes"])
     seen.add(clip.key)
     return entry, array.shape[1]
+
+
+def _unpacked(payload: bytes, name: str) -> bytes:
+    if not name.endswith(".zst"):
+        return payload
+    try:
+        return decompress(payload, _LARGEST_CLIP)
+    except ValueError as error:
+        raise _BadClip("zstd", f"member {name} is damaged: {error}") from error
+
+
+def _frame_bytes(sizes: Any, payload: bytes, array: np.ndarray, name: str) -> list[int]:
+    """The sizes of the compressed frames, where they are right."""
+    is_list = isinstance(sizes, list) and len(sizes) == len(array) and all(type(one) is int and one > 0 for one in sizes)
+    if is_list and sum(sizes) <= len(payload):
+        ends = len(payload) - sum(sizes) + np.cumsum([0, *sizes])
+        try:
+            found = [decompress(payload[a:b], frame.nbytes) for a, b, frame in zip(ends[:-1], ends[1:], array, strict=True)]
+        except ValueError:
+            found = []
+        if found == [frame.tobytes() for frame in array]:
+            return list(sizes)
+    raise _BadClip("json_fields", f'member {name} has a "frame_bytes" that is not the size of each compressed frame')
 
 
 def _array(payload: bytes, kind: str, name: str) -> np.ndarray:

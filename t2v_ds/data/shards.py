@@ -1,6 +1,6 @@
 """Clips -> WebDataset tar shards with an index and checksums; `dataset.ShardDataset` reads them.
 
-    clip -> members {"frames.npy" | "codes.npy", "json"} -> write_shard: NAME.tar, then NAME.index.json -> Manifest
+    clip -> members {"frames.npy" | "frames.npy.zst" | "codes.npy", "json"} -> write_shard: NAME.tar, then NAME.index.json -> Manifest
 
 The tars are plain ustar with no times, owners or extended headers, so the same clips give the same bytes, and any
 tar program and the `webdataset` package read them. A shard is whole once its index exists, which is written after it.
@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from t2v_ds.data.compression import compress_frames
 from t2v_ds.data.manifest import STAGES, ShardInfo
 from t2v_ds.errors import DataError
 from t2v_ds.files import rename_durably, write_atomically
@@ -36,9 +38,16 @@ def npy_bytes(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def raw_members(frames: np.ndarray, caption: str, durations_ms: list[int], provenance: dict[str, Any]) -> dict[str, bytes]:
-    """Members of a raw clip from frames [T, S, S, 3] uint8."""
-    return _members("raw", frames, caption, durations_ms, provenance)
+def raw_members(
+    frames: np.ndarray, caption: str, durations_ms: list[int], provenance: dict[str, Any], compression: str = "none"
+) -> dict[str, bytes]:
+    """Members of a raw clip from frames [T, S, S, 3] uint8; `compression`: "none" or "zstd" (see `compression.py`)."""
+    members = _members("raw", frames, caption, durations_ms, provenance)
+    if compression == "zstd":
+        array = members.pop("frames.npy")
+        members["frames.npy.zst"], sizes = compress_frames(array, len(array) - _array_bytes(array), len(frames))
+        members["json"] = json.dumps({**json.loads(members["json"]), "frame_bytes": sizes}, sort_keys=True).encode()
+    return dict(sorted(members.items()))
 
 
 def token_members(codes: np.ndarray, caption: str, durations_ms: list[int], provenance: dict[str, Any]) -> dict[str, bytes]:
@@ -65,8 +74,8 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]
 
     Args:
         path: ending in .tar.
-        samples: (key, members) where members maps "frames.npy" or "codes.npy", and "json", to their bytes; keys hold no
-            dot or slash, as WebDataset splits names at the first dot.
+        samples: (key, members) where members maps "frames.npy", "frames.npy.zst" or "codes.npy", and "json", to their bytes; keys
+            hold no dot or slash, as WebDataset splits names at the first dot.
         chunk: that the shard belongs to.
     """
     path = Path(path)
@@ -82,7 +91,10 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]
             text = json.loads(members["json"])
             clip: dict[str, Any] = {"key": key, "frames": text["frames"], "caption": text["caption"], "members": {}}
             if frames := members.get("frames.npy"):
-                clip["frame_crcs"] = _frame_crcs(frames, text["frames"])
+                clip["frame_crcs"] = frame_crcs(frames, [_array_bytes(frames) // text["frames"]] * text["frames"])
+            if frames := members.get("frames.npy.zst"):
+                clip["frame_bytes"] = text["frame_bytes"]
+                clip["frame_crcs"] = frame_crcs(frames, text["frame_bytes"])
             for name, payload in members.items():
                 write(_tar_header(f"{key}.{name}", len(payload)))
                 clip["members"][name] = [file.tell(), len(payload), zlib.crc32(payload)]
@@ -100,11 +112,11 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]
     return load_shard_info(path)
 
 
-def _frame_crcs(payload: bytes, count: int) -> str:
-    """CRC-32 of each frame of a .npy file, little-endian, in hex: so that a frame can be read alone."""
-    body = memoryview(payload)[len(payload) - _array_bytes(payload) :]
-    size = len(body) // count if count else 0
-    return b"".join(zlib.crc32(body[t * size : (t + 1) * size]).to_bytes(4, "little") for t in range(count)).hex()
+def frame_crcs(payload: bytes, sizes: Sequence[int]) -> str:
+    """CRC-32 of the frames that end a payload, of these sizes; little-endian, in hex: so that a frame can be read alone."""
+    ends = len(payload) - sum(sizes) + np.cumsum([0, *sizes])
+    body = memoryview(payload)
+    return b"".join(zlib.crc32(body[a:b]).to_bytes(4, "little") for a, b in itertools.pairwise(ends.tolist())).hex()
 
 
 def _array_bytes(payload: bytes) -> int:

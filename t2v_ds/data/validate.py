@@ -116,7 +116,7 @@ def _kind_of(paths: Sequence[Path]) -> str:
             with path.open("rb") as file:
                 for item in walk(file, path.stat().st_size):
                     for kind, array in ARRAYS.items():
-                        if isinstance(item, Member) and item.name.endswith(f".{array}.npy"):
+                        if isinstance(item, Member) and item.name.endswith((f".{array}.npy", f".{array}.npy.zst")):
                             return kind
         except OSError as error:
             raise DataError(f"shard {path} cannot be read: {error.strerror or error}") from error
