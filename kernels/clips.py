@@ -15,7 +15,7 @@ from . import build
 
 logger = logging.getLogger(__name__)
 
-SWITCH = "T2V_CLIPS"  # environment variable: "python" keeps the compiled reader out
+SWITCH = "T2V_CLIPS"  # environment variable: "python" keeps the compiled reader out, "pread" mappings
 FILE_ENDS, DAMAGED, OTHER_HEAD, _DOES_NOT_FIT, _NOT_THERE = range(10001, 10006)  # beside the operating system's error numbers
 
 
@@ -25,11 +25,43 @@ def available() -> bool:
     return _library() is not None
 
 
+class Files:
+    """Files that pieces are read from: open or not, and mapped where that is faster.
+
+    Attributes:
+        descriptors: int32 [F]; -1: not open.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.descriptors = np.full(count, -1, dtype=np.int32)
+        self.mapped, self.bytes = np.zeros(count, dtype=np.uint64), np.zeros(count, dtype=np.int64)
+
+    def open(self, number: int, path: str | os.PathLike[str]) -> None:
+        """Open a file that is not open.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        descriptor = os.open(path, os.O_RDONLY)
+        if (library := _library()) and os.environ.get(SWITCH) != "pread":
+            self.bytes[number] = os.fstat(descriptor).st_size
+            self.mapped[number] = library.t2v_map(descriptor, int(self.bytes[number])) or 0
+        self.descriptors[number] = descriptor  # last: other threads read what has one
+
+    def close(self, number: int) -> None:
+        """Close a file that nothing is read from now."""
+        descriptor, mapped = int(self.descriptors[number]), int(self.mapped[number])
+        self.descriptors[number], self.mapped[number] = -1, 0
+        if mapped and (library := _library()):
+            library.t2v_unmap(mapped, int(self.bytes[number]))
+        os.close(descriptor)
+
+
 class Pieces:
     """A table of pieces of files.
 
     Args:
-        descriptors: int32 [F], of the files; -1 where one is not open; may change.
+        opened: the files; which of them are open may change.
         files: int32 [N], which of them each piece is in.
         offsets, sizes: int64 [N], in bytes.
         crcs: uint32 [N], zlib's CRC-32.
@@ -42,7 +74,7 @@ class Pieces:
 
     def __init__(
         self,
-        descriptors: np.ndarray,
+        opened: Files,
         files: np.ndarray,
         offsets: np.ndarray,
         sizes: np.ndarray,
@@ -52,9 +84,9 @@ class Pieces:
     ) -> None:
         if head_of is None or heads is None:
             head_of, heads = np.zeros(len(files), dtype=np.int32), np.empty((1, 0), dtype=np.uint8)
-        self.descriptors, self.files, self.offsets, self.sizes, self.crcs = descriptors, files, offsets, sizes, crcs
+        self.opened, self.files, self.offsets, self.sizes, self.crcs = opened, files, offsets, sizes, crcs
         self.head_of, self.heads = head_of, heads
-        columns = {np.int32: (descriptors, files, head_of), np.int64: (offsets, sizes), np.uint32: (crcs,), np.uint8: (heads.reshape(-1),)}
+        columns = {np.int32: (files, head_of), np.int64: (offsets, sizes), np.uint32: (crcs,), np.uint8: (heads.reshape(-1),)}
         for dtype, arrays in columns.items():
             for array in arrays:
                 if array.dtype != dtype or array.ndim != 1 or not array.flags.c_contiguous:
@@ -62,7 +94,7 @@ class Pieces:
         lengths = [len(array) for array in (files, offsets, sizes, crcs, head_of)]
         if len(set(lengths)) != 1:
             raise ValueError(f"the columns hold {lengths} pieces; needs the same number")
-        arrays = (descriptors, files, offsets, sizes, crcs, head_of, heads)
+        arrays = (opened.descriptors, opened.mapped, opened.bytes, files, offsets, sizes, crcs, head_of, heads)
         # Addresses are taken once: looking one up takes as long as checking some kilobytes.
         self._table = (*(array.ctypes.data for array in arrays), heads.shape[1], len(files))
 
@@ -104,7 +136,7 @@ class Pieces:
             size = int(self.sizes[i]) - skip
             if not 0 <= size <= len(out):
                 return place, _DOES_NOT_FIT
-            status = _read(int(self.descriptors[self.files[i]]), int(self.offsets[i]), head, out[:size], int(self.crcs[i]))
+            status = _read(int(self.opened.descriptors[self.files[i]]), int(self.offsets[i]), head, out[:size], int(self.crcs[i]))
             if not status and head.tobytes() != self.heads[self.head_of[i]].tobytes():
                 status = OTHER_HEAD
             if status:
@@ -149,7 +181,9 @@ def _library() -> ctypes.CDLL | None:
             reason = " ".join(str(error).split())[:300]
         else:
             integer, pointer = ctypes.c_int64, ctypes.c_void_p
-            library.t2v_read_pieces.argtypes = [*[pointer] * 7, integer, integer, pointer, integer, pointer, integer]
+            library.t2v_map.argtypes, library.t2v_map.restype = [ctypes.c_int, integer], pointer
+            library.t2v_unmap.argtypes, library.t2v_unmap.restype = [pointer, integer], None
+            library.t2v_read_pieces.argtypes = [*[pointer] * 9, integer, integer, pointer, integer, pointer, integer]
             library.t2v_read_pieces.restype = integer
             library.t2v_crc32.argtypes = [ctypes.c_uint32, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int]
             library.t2v_crc32.restype = ctypes.c_uint32

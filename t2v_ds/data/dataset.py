@@ -1,7 +1,7 @@
 """A folder of shards -> the arrays and captions of its clips, every byte checked.
 
-    folder or URL -> manifest + indexes -> read(i): pread, checksum -> arrays and caption
-                                        -> read_codes, read_frames: many clips or single frames at once, into one buffer
+folder or URL -> manifest + indexes -> read(i): bytes, checksum -> arrays and caption
+                                    -> read_codes, read_frames: many clips or single frames at once, into one buffer
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from t2v_ds.data.manifest import MANIFEST, STAGES, Manifest, ShardInfo, digest_o
 from t2v_ds.data.remote import CachedFolder, LocalFolder
 from t2v_ds.data.shards import ARRAYS, DTYPES, check_size, index_path, read_index
 from t2v_ds.errors import DataError
-from t2v_ds.kernels.clips import DAMAGED, FILE_ENDS, OTHER_HEAD, Pieces
+from t2v_ds.kernels.clips import DAMAGED, FILE_ENDS, OTHER_HEAD, Files, Pieces
 
 _OPEN_FILES = 512  # shards kept open when there are more
 _CLOSED = -1
@@ -97,7 +97,7 @@ class ShardDataset:
             self.shard_ranges.append(range(first, len(self._keys)))
         self.lengths = np.array(lengths, dtype=np.int64)  # [N]
         self._shards_of = np.array(shards_of, dtype=np.int64)  # [N]
-        self._files = np.full(len(self.shards), _CLOSED, dtype=np.int32)  # a descriptor a shard
+        self._files = Files(len(self.shards))
         table = np.array(members, dtype=np.int64).reshape(-1, 2, 3)
         self._whole, self._texts = (Pieces(self._files, *self._columns(table[:, m])) for m in range(2))
         side = self.manifest.image_size if kind == "raw" else self.manifest.grid_size
@@ -113,6 +113,7 @@ class ShardDataset:
                 heads[length] = np.frombuffer(self._head(length), dtype=np.uint8)
             self._arrays = Pieces(self._files, *self._columns(table[:, 0]), self.lengths.astype(np.int32), heads)
         self._readers = np.zeros(len(self.shards), dtype=np.int64)  # reads under way in a shard, where not all stay open
+        self._reads, self._closing = 0, False  # reads under way in all; whether to close when they have ended
         self._lock = threading.Lock()
 
     def _columns(self, table: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -191,7 +192,7 @@ class ShardDataset:
         """
         if not self._is_plain:
             return np.concatenate([self.read(int(i))["codes"] for i in numbers])
-        out = buffer.take(int(self.lengths[numbers].sum()) * self._frame_bytes)
+        out = buffer.take(int(np.add.reduce(self.lengths[numbers])) * self._frame_bytes)
         self._read_pieces(self._arrays, numbers, numbers, out)
         return out.view(np.uint16).reshape(-1, *self.frame_shape)
 
@@ -260,18 +261,22 @@ class ShardDataset:
 
     def _read_pieces(self, pieces: Pieces, numbers: np.ndarray, clips: np.ndarray, out: np.ndarray) -> None:
         """Read pieces, which are of the clips `clips`."""
-        if len(self.shards) > self._open_limit:
-            with self._pinned(np.unique(self._shards_of[clips])):
+        with self._lock:
+            self._reads += 1
+        try:
+            if len(self.shards) > self._open_limit:
+                with self._pinned(np.unique(self._shards_of[clips])):
+                    place, status = pieces.read(numbers, out)
+            else:
                 place, status = pieces.read(numbers, out)
-        else:
-            place, status = pieces.read(numbers, out)
-            if status == errno.EBADF:  # a shard that is not open yet
-                shards = np.unique(self._shards_of[clips])
-                for shard in shards[self._files[shards] == _CLOSED]:
-                    self._local(shard)  # fetched before the lock is taken, so that other threads go on reading
-                with self._lock:
-                    self._open(shards)
-                place, status = pieces.read(numbers, out)
+                if status == errno.EBADF:  # a shard that is not open yet
+                    self._open(np.unique(self._shards_of[clips]))
+                    place, status = pieces.read(numbers, out)
+        finally:
+            with self._lock:
+                self._reads -= 1
+                if self._closing and not self._reads:
+                    self._shut_all()
         if status:
             self._fail(int(clips[place]), status)
 
@@ -280,24 +285,23 @@ class ShardDataset:
         """These shards are open meanwhile, and only as many others as may be."""
         with self._lock:
             self._readers[shards] += 1
-            try:
-                idle = ((self._files != _CLOSED) & (self._readers == 0)).nonzero()[0]
-                self._shut(idle[: max(0, int((self._files != _CLOSED).sum()) + len(shards) - self._open_limit)])
-                self._open(shards)
-            except BaseException:
-                self._readers[shards] -= 1
-                raise
+            is_open = self._files.descriptors != _CLOSED
+            idle = (is_open & (self._readers == 0)).nonzero()[0]
+            self._shut(idle[: max(0, int(is_open.sum()) + len(shards) - self._open_limit)])
         try:
+            self._open(shards)
             yield
         finally:
             with self._lock:
                 self._readers[shards] -= 1
 
     def _open(self, shards: np.ndarray) -> None:
-        for shard in shards[self._files[shards] == _CLOSED]:
-            path = self._local(shard)
+        for shard in shards[self._files.descriptors[shards] == _CLOSED].tolist():
+            path = self._local(shard)  # fetched before the lock is taken, so that other threads go on reading
             try:
-                self._files[shard] = os.open(path, os.O_RDONLY)
+                with self._lock:
+                    if self._files.descriptors[shard] == _CLOSED:
+                        self._files.open(shard, path)
             except OSError as error:
                 raise DataError(f"shard {path} cannot be read: {error.strerror or error}") from error
 
@@ -307,10 +311,13 @@ class ShardDataset:
         return self._source.path(info.name, info.bytes, info.sha256)
 
     def _shut(self, shards: np.ndarray) -> None:
-        for shard in shards:
-            os.close(self._files[shard])
+        for shard in shards.tolist():
+            self._files.close(shard)
             self._source.release(self.shards[shard].name)
-            self._files[shard] = _CLOSED
+
+    def _shut_all(self) -> None:
+        self._closing = False
+        self._shut((self._files.descriptors != _CLOSED).nonzero()[0])
 
     def _fail(self, i: int, status: int) -> NoReturn:
         path = self.folder / self.shards[self._shards_of[i]].name
@@ -349,7 +356,7 @@ class ShardDataset:
         for number, shard in enumerate(self.shards):
             with self._local(number).open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
-            if self._files[number] == _CLOSED:
+            if self._files.descriptors[number] == _CLOSED:
                 self._source.release(shard.name)
             if found != shard.sha256:
                 raise DataError(
@@ -358,9 +365,12 @@ class ShardDataset:
                 )
 
     def close(self) -> None:
-        """Close the shards."""
+        """Close the shards, or have the last of the reads that are under way do it."""
         with self._lock:
-            self._shut((self._files != _CLOSED).nonzero()[0])
+            if self._reads:
+                self._closing = True
+            else:
+                self._shut_all()
 
     def __enter__(self) -> Self:
         return self
@@ -369,5 +379,5 @@ class ShardDataset:
         self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_files"):  # absent when opening failed
+        if hasattr(self, "_lock"):  # absent when opening failed
             self.close()

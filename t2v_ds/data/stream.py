@@ -15,8 +15,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 
@@ -30,8 +29,7 @@ logger = logging.getLogger(__name__)
 Batch = Any  # whatever a load function returns
 
 
-@dataclass(frozen=True, slots=True)
-class Places:
+class Places(NamedTuple):
     """The samples of a micro-batch: epochs and numbers of clips, both int64 [B]."""
 
     epochs: np.ndarray

@@ -97,6 +97,8 @@ def run_rank(data: Path, work: Path, settings: dict[str, Any], rank: int, world:
                 step = state["step"]
             log = os.open(work / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             while step < settings["steps"]:
+                if settings["killed"] and step == settings["steps"] - 1:
+                    time.sleep(120)  # the kill is late: a run that is done could not be killed any more
                 for part in range(stream.micro_steps):
                     first = rank * share + part * micro
                     records = [RECORD.pack(step, first + i, *one) for i, one in enumerate(samples(next(stream), kind))]
@@ -177,6 +179,7 @@ def drill(data: Path, work: Path, settings: dict[str, Any]) -> dict[str, Any]:
         kill: tuple[int, float] | None = None
         if point is not None:  # one in four while it starts, reads the checkpoint, or soon after
             kill = (-1, chance.uniform(0, 0.05)) if chance.random() < 0.25 else (point, chance.uniform(0, 0.003))
+        settings["killed"] = kill is not None
         ended = run_round(data, work, {**settings, "threads": threads, "seed": chance.randrange(2**32)}, world, kill)
         kills += ended == "killed"
         found = read_logs(work)

@@ -14,7 +14,7 @@ LIMITS = ["download.timeout_s=3", "download.total_s=6", "download.retries=1", "d
 @pytest.mark.parametrize("parts", [1, 2])
 def test_every_row_ends_as_the_server_decides(tmp_path: Path, parts: int) -> None:
     plans = plan(700 if parts == 1 else 300, seed=parts)
-    result = run(tmp_path, plans, parts, kills=3, parts=parts, settings=LIMITS, pause=(0.0, 1.0))
+    result = run(tmp_path, plans, parts, kills=3, parts=parts, settings=LIMITS, pause=(0.0, 0.3))
     assert mistakes(plans, result.outcomes) == []
     assert result.kills >= 3
     left = {path.name for path in (tmp_path / "raw").iterdir() if not path.name.startswith("raw-")}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
-import os
 import random
+import signal
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -14,12 +16,14 @@ import pytest
 from t2v_ds.kernels import clips
 
 
-@pytest.fixture(params=["compiled", "python"])
+@pytest.fixture(params=["mapped", "pread", "python"])
 def reader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "python":
         monkeypatch.setattr(clips, "_library", lambda: None)
     else:
         assert clips._library() is not None
+    if request.param == "pread":
+        monkeypatch.setenv(clips.SWITCH, "pread")
     return str(request.param)
 
 
@@ -42,11 +46,14 @@ def pieces(path: Path, count: int = 50) -> tuple[bytes, list[np.ndarray]]:
     return content, [offsets, sizes, crcs]
 
 
-def table(descriptors: list[int], files: list[int], columns: list[np.ndarray], heads: list[bytes] | None = None) -> clips.Pieces:
+def table(path: Path, columns: list[np.ndarray], heads: list[bytes] | None = None, file: int = 1) -> clips.Pieces:
+    """Pieces of the second of two files, of which the first is not open."""
     rest = [column.astype(dtype) for column, dtype in zip(columns, (np.int64, np.int64, np.uint32), strict=True)]
     if heads is not None:
         rest += [np.arange(len(heads), dtype=np.int32), np.array([list(head) for head in heads], dtype=np.uint8)]
-    return clips.Pieces(np.array(descriptors, dtype=np.int32), np.array(files, dtype=np.int32), *rest)
+    files = clips.Files(2)
+    files.open(1, path)
+    return clips.Pieces(files, np.full(len(columns[0]), file, dtype=np.int32), *rest)
 
 
 @pytest.mark.parametrize("skip", [0, 7])
@@ -56,11 +63,13 @@ def test_pieces_come_one_after_another(tmp_path: Path, reader: str, skip: int) -
     whole = [content[offset : offset + size] for offset, size in zip(offsets, sizes, strict=True)]
     numbers = np.array([4, 17, 4, 0, *range(20, 50)])
     out = np.full(int((sizes[numbers] - skip).sum()) + 5, 99, dtype=np.uint8)
-    with (tmp_path / "file").open("rb") as file:
-        one = table([-1, file.fileno()], [1] * 50, columns, [piece[:7] for piece in whole] if skip else None)
-        assert one.read(numbers, out) == (0, 0)
+    one = table(tmp_path / "file", columns, [piece[:7] for piece in whole] if skip else None)
+    assert bool(one.opened.mapped[1]) == (reader == "mapped")
+    assert one.read(numbers, out) == (0, 0)
     assert out[:-5].tobytes() == b"".join(whole[i][skip:] for i in numbers)
     assert (out[-5:] == 99).all()
+    one.opened.close(1)
+    assert one.read(numbers, out) == (0, errno.EBADF)
 
 
 def test_the_first_that_is_wrong_is_named(tmp_path: Path, reader: str) -> None:
@@ -72,34 +81,72 @@ def test_the_first_that_is_wrong_is_named(tmp_path: Path, reader: str) -> None:
     crcs[3] ^= 1
     heads[4] = heads[4][:2] + bytes([heads[4][2] ^ 1])
     out = np.zeros(int(sizes.sum()), dtype=np.uint8)
-    write_only = os.open(tmp_path / "file", os.O_WRONLY)
-    with (tmp_path / "file").open("rb") as file:
-        one = table([write_only, file.fileno()], [0, 1, 1, 1, 1, 1], columns, heads)
-        wrong = [one.read(np.array([5, i, 0]), out) for i in range(5)]
-        assert one.read(np.array([5]), out) == (0, 0)
-    os.close(write_only)
-    assert wrong == [(1, errno.EBADF), (1, clips.FILE_ENDS), (1, clips.FILE_ENDS), (1, clips.DAMAGED), (1, clips.OTHER_HEAD)]
+    one = table(tmp_path / "file", columns, heads)
+    wrong = [one.read(np.array([5, i, 0]), out) for i in range(1, 5)]
+    assert wrong == [(1, clips.FILE_ENDS), (1, clips.FILE_ENDS), (1, clips.DAMAGED), (1, clips.OTHER_HEAD)]
+    assert one.read(np.array([5]), out) == (0, 0)
+    assert table(tmp_path / "file", columns, heads, file=0).read(np.array([5]), out) == (0, errno.EBADF)
 
 
 def test_nothing_is_read_or_written_outside(tmp_path: Path, reader: str) -> None:
-    _, columns = pieces(tmp_path / "file", 3)
+    content, columns = pieces(tmp_path / "file", 3)
     columns[1][:] = (8, 8, 8)
-    with (tmp_path / "file").open("rb") as file:
-        columns[2][:] = [zlib.crc32(os.pread(file.fileno(), 8, offset)) for offset in columns[0]]
-        one = table([file.fileno()], [0] * 3, columns)
-        out = np.full(20, 99, dtype=np.uint8)
-        with pytest.raises(ValueError, match="do not fit 15 bytes"):
-            one.read(np.array([0, 1]), out[:15])
-        assert (out[8:] == 99).all()
-        with pytest.raises(ValueError, match="do not fit"):
-            table([file.fileno()], [0] * 3, columns, [b"123456789"] * 3).read(np.array([0]), out)
-        for numbers in ([-1], [0, 3]):
-            with pytest.raises(IndexError, match=f"piece {numbers[-1]} of 3"):
-                one.read(np.array(numbers), out)
-        with pytest.raises(ValueError, match="contiguous"):
-            one.read(np.array([0]), out[::2])
-        assert one.read(np.empty(0, dtype=np.int64), out[:0]) == (0, 0)
+    columns[2][:] = [zlib.crc32(content[offset : offset + 8]) for offset in columns[0]]
+    one = table(tmp_path / "file", columns)
+    out = np.full(20, 99, dtype=np.uint8)
+    with pytest.raises(ValueError, match="do not fit 15 bytes"):
+        one.read(np.array([0, 1]), out[:15])
+    assert (out[8:] == 99).all()
+    with pytest.raises(ValueError, match="do not fit"):
+        table(tmp_path / "file", columns, [b"123456789"] * 3).read(np.array([0]), out)
+    for numbers in ([-1], [0, 3]):
+        with pytest.raises(IndexError, match=f"piece {numbers[-1]} of 3"):
+            one.read(np.array(numbers), out)
+    with pytest.raises(ValueError, match="contiguous"):
+        one.read(np.array([0]), out[::2])
+    assert one.read(np.empty(0, dtype=np.int64), out[:0]) == (0, 0)
     with pytest.raises(ValueError, match="int32"):
-        clips.Pieces(columns[0], *columns, columns[2])
-    with pytest.raises(ValueError, match=r"\[3, 2, 3, 3, 3\] pieces"):
-        table([0], [0] * 3, [columns[0][:2], *columns[1:]])
+        clips.Pieces(one.opened, columns[0], *columns)
+    with pytest.raises(ValueError, match=r"\[2, 2, 3, 3, 2\] pieces"):
+        table(tmp_path / "file", [columns[0][:2], *columns[1:]])
+
+
+CUT = """
+import faulthandler, mmap, os, sys, zlib
+import numpy as np
+from t2v_ds.kernels import clips
+path, at = sys.argv[1], int(sys.argv[2])
+size = 40 * mmap.PAGESIZE
+content = np.random.default_rng(0).bytes(size)
+with open(path, "wb") as file:
+    file.write(content)
+files = clips.Files(1)
+files.open(0, path)
+assert files.mapped[0]
+half = size // 2
+crcs = np.array([zlib.crc32(content[:half]), zlib.crc32(content[half:])], dtype=np.uint32)
+pieces = clips.Pieces(files, np.zeros(2, dtype=np.int32), np.array([0, half]), np.full(2, half), crcs)
+out = np.empty(size, dtype=np.uint8)
+assert pieces.read(np.array([0, 1]), out) == (0, 0)
+faulthandler.enable()  # takes the signal
+os.truncate(path, at)
+for _ in range(3):
+    assert pieces.read(np.array([0, 1]), out) == (1, clips.FILE_ENDS), pieces.read(np.array([0, 1]), out)
+    assert out[:half].tobytes() == content[:half]
+print("read on", flush=True)
+with open(path, "rb") as file:
+    other = mmap.mmap(file.fileno(), at, prot=mmap.PROT_READ)
+os.truncate(path, 0)
+print(other[0])
+"""
+
+
+@pytest.mark.parametrize("at", [30 * 4096, 30 * 4096 + 100])
+def test_a_file_that_is_cut_while_it_is_mapped_is_an_error(tmp_path: Path, at: int) -> None:
+    """And whoever else touches a page that is gone dies as before, with the report of who handled that."""
+    done = subprocess.run(
+        [sys.executable, "-c", CUT, str(tmp_path / "file"), str(at)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout == "read on\n", done.stderr
+    assert done.returncode == -signal.SIGBUS
+    assert "Fatal Python error: Bus error" in done.stderr

@@ -92,7 +92,7 @@ def test_a_disk_that_fills_leaves_no_shard(tmp_path: Path) -> None:
     check(outcome, "write: File too large; no shard and no index is left")
 
 
-@pytest.mark.parametrize("way", ["native", "python"])
+@pytest.mark.parametrize("way", ["pread", "python"])
 def test_short_reads_are_read_on(way: str, tmp_path: Path) -> None:
     assert native.available()
     cases.build(tmp_path / "large", "tokens", side=cases.LARGE)
