@@ -97,8 +97,9 @@ def run_rank(data: Path, work: Path, settings: dict[str, Any], rank: int, world:
                 step = state["step"]
             log = os.open(work / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             while step < settings["steps"]:
-                if settings["killed"] and step == settings["steps"] - 1:
-                    time.sleep(120)  # the kill is late: a run that is done could not be killed any more
+                if settings["killed"] and step == settings["steps"] - 1:  # the kill is late: a run that is done could not be killed
+                    progress[:8] = struct.pack("<q", step)
+                    time.sleep(120)
                 for part in range(stream.micro_steps):
                     first = rank * share + part * micro
                     records = [RECORD.pack(step, first + i, *one) for i, one in enumerate(samples(next(stream), kind))]
