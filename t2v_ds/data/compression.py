@@ -25,10 +25,10 @@ def compress_frames(array: bytes, head: int, count: int) -> tuple[bytes, list[in
 
 
 def decompress(data: bytes, most: int) -> bytes:
-    """What a zstd file of any number of zstd frames holds.
+    """What a zstd file of any number of zstd frames holds; of one that is cut, what is left, so that sizes must be compared.
 
     Raises:
-        ValueError: it is damaged, or holds more than `most` bytes.
+        ValueError: it is no zstd file, or holds more than `most` bytes.
     """
     parts: list[bytes] = []
     left = most

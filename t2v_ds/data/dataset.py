@@ -14,6 +14,7 @@ import json
 import math
 import os
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -31,6 +32,17 @@ _OPEN_FILES = 512  # shards kept open when there are more
 _CLOSED = -1
 _HEAD = 128  # bytes before the numbers in a .npy file of ours
 _LONGEST_HEAD = 2**16  # of anybody's
+
+
+_DATASETS: weakref.WeakSet[ShardDataset] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for dataset in list(_DATASETS):
+        dataset._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class Buffer:
@@ -113,8 +125,15 @@ class ShardDataset:
                 heads[length] = np.frombuffer(self._head(length), dtype=np.uint8)
             self._arrays = Pieces(self._files, *self._columns(table[:, 0]), self.lengths.astype(np.int32), heads)
         self._readers = np.zeros(len(self.shards), dtype=np.int64)  # reads under way in a shard, where not all stay open
+        self._last_use = np.zeros(len(self.shards), dtype=np.int64)
         self._reads, self._closing = 0, False  # reads under way in all; whether to close when they have ended
         self._lock = threading.Lock()
+        _DATASETS.add(self)
+
+    def _after_fork(self) -> None:
+        """In a child: no read is under way, and nobody holds the lock."""
+        self._lock, self._reads, self._closing = threading.Lock(), 0, False
+        self._readers[:] = 0
 
     def _columns(self, table: np.ndarray) -> tuple[np.ndarray, ...]:
         """The columns of `Pieces` from [offset, size, crc32] of a piece a clip."""
@@ -197,7 +216,7 @@ class ShardDataset:
         return out.view(np.uint16).reshape(-1, *self.frame_shape)
 
     def read_frames(self, numbers: np.ndarray, frames: Sequence[np.ndarray], buffer: Buffer) -> np.ndarray:
-        """Read some frames of each of many clips, and nothing else of them.
+        """Read some frames of each of many clips, and nothing else of them (whole clips where a folder has compressed ones and others).
 
         Args:
             numbers: int64 [B], of the clips.
@@ -209,7 +228,11 @@ class ShardDataset:
 
         Raises:
             DataError: as `read`.
+            IndexError: there is no such frame.
         """
+        for i, some in zip(numbers, frames, strict=True):
+            if len(some) and not 0 <= some.min() <= some.max() < self.lengths[i]:
+                raise IndexError(f"frames {some.tolist()} of clip {self._keys[i]}, which has {self.lengths[i]}")
         if not all(self._frame_crcs[i] for i in numbers) or not (self._is_plain or self._is_compressed[numbers].all()):
             return np.concatenate([self.read(int(i))["frames"][some] for i, some in zip(numbers, frames, strict=True)])
         clips, wanted = np.repeat(numbers, [len(some) for some in frames]), np.concatenate(frames)
@@ -261,11 +284,18 @@ class ShardDataset:
 
     def _read_pieces(self, pieces: Pieces, numbers: np.ndarray, clips: np.ndarray, out: np.ndarray) -> None:
         """Read pieces, which are of the clips `clips`."""
+        shards = np.unique(self._shards_of[clips]) if len(self.shards) > self._open_limit else None
+        if shards is not None and len(shards) > self._open_limit:  # more than may be open
+            half = len(numbers) // 2
+            size = int((pieces.sizes[numbers[:half]] - pieces.heads.shape[1]).sum())
+            self._read_pieces(pieces, numbers[:half], clips[:half], out[:size])
+            self._read_pieces(pieces, numbers[half:], clips[half:], out[size:])
+            return
         with self._lock:
             self._reads += 1
         try:
-            if len(self.shards) > self._open_limit:
-                with self._pinned(np.unique(self._shards_of[clips])):
+            if shards is not None:
+                with self._pinned(shards):
                     place, status = pieces.read(numbers, out)
             else:
                 place, status = pieces.read(numbers, out)
@@ -285,9 +315,11 @@ class ShardDataset:
         """These shards are open meanwhile, and only as many others as may be."""
         with self._lock:
             self._readers[shards] += 1
+            self._last_use[shards] = self._last_use.max() + 1
             is_open = self._files.descriptors != _CLOSED
             idle = (is_open & (self._readers == 0)).nonzero()[0]
-            self._shut(idle[: max(0, int(is_open.sum()) + len(shards) - self._open_limit)])
+            idle = idle[np.argsort(self._last_use[idle])]  # the longest unused first
+            self._shut(idle[: max(0, int(is_open.sum()) + int((~is_open[shards]).sum()) - self._open_limit)])
         try:
             self._open(shards)
             yield

@@ -11,6 +11,7 @@ had fetched is used by the next. Shards in use are locked as well, and never del
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import logging
 import os
@@ -231,10 +232,13 @@ class CachedFolder:
                 time.sleep(_POLL_S)
                 continue
             with os.fdopen(part, "r+b") as file:
-                self._cache.make_room(size - os.fstat(part).st_size)
-                self._retried(lambda: self._fetch(path, file, size, sha256), path.name)
-                os.replace(path.with_name(f".{path.name}{PART}"), path)
-                sync(path.parent)
+                try:
+                    self._cache.make_room(size - os.fstat(part).st_size)
+                    self._retried(lambda: self._fetch(path, file, size, sha256), path.name)
+                    os.replace(path.with_name(f".{path.name}{PART}"), path)
+                    sync(path.parent)
+                finally:
+                    fcntl.flock(file, fcntl.LOCK_UN)  # closing does not, where a process was forked meanwhile
 
     def _fetch(self, path: Path, part: Any, size: int, sha256: str) -> None:
         """Fetch what is missing of a shard, and check it; what has arrived stays for the next attempt unless it is wrong."""

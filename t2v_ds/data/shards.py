@@ -91,7 +91,7 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]
             text = json.loads(members["json"])
             clip: dict[str, Any] = {"key": key, "frames": text["frames"], "caption": text["caption"], "members": {}}
             if frames := members.get("frames.npy"):
-                clip["frame_crcs"] = frame_crcs(frames, [_array_bytes(frames) // text["frames"]] * text["frames"])
+                clip["frame_crcs"] = frame_crcs(frames, [_array_bytes(frames) // max(1, text["frames"])] * text["frames"])
             if frames := members.get("frames.npy.zst"):
                 clip["frame_bytes"] = text["frame_bytes"]
                 clip["frame_crcs"] = frame_crcs(frames, text["frame_bytes"])

@@ -261,10 +261,13 @@ class ClipStream:
             return self.load(self.dataset, self._next_places(), self._buffers.next())
         while len(self._waiting) < self._ahead:
             self._waiting.append(self._executor.submit(self.load, self.dataset, self._next_places(), self._buffers.next()))
-        return self._waiting.popleft().result()
+        batch = self._waiting[0].result()  # stays in the queue while it is waited for: an interrupt must find it there
+        self._waiting.popleft()
+        return batch
 
     def _restart(self) -> None:
         self._drop_waiting()
+        self._buffers = RingBuffers(self._ahead + 2)  # others, so that what was handed over holds as long as it should
         self._positions = self._rank_positions()
 
     def _drop_waiting(self) -> None:

@@ -111,6 +111,23 @@ def test_nothing_is_read_or_written_outside(tmp_path: Path, reader: str) -> None
         table(tmp_path / "file", [columns[0][:2], *columns[1:]])
 
 
+@pytest.mark.parametrize("offset", [-100_000, 2**63 - 100, -(2**63), 99_999])
+def test_an_offset_outside_the_file_is_an_error(tmp_path: Path, reader: str, offset: int) -> None:
+    _, columns = pieces(tmp_path / "file", 1)
+    columns[0][:] = offset
+    _, status = table(tmp_path / "file", columns).read(np.array([0]), np.empty(9000, dtype=np.uint8))
+    assert status in (errno.EINVAL, errno.EOVERFLOW, clips.FILE_ENDS)
+
+
+def test_a_file_that_has_grown_since_it_was_opened_is_read(tmp_path: Path, reader: str) -> None:
+    content, columns = pieces(tmp_path / "file")
+    (tmp_path / "file").write_bytes(content[:100])
+    one, out = table(tmp_path / "file", columns), np.empty(9000, dtype=np.uint8)
+    assert one.read(np.array([3]), out) == (0, clips.FILE_ENDS)
+    (tmp_path / "file").write_bytes(content)
+    assert one.read(np.array([3]), out) == (0, 0)
+
+
 CUT = """
 import faulthandler, mmap, os, sys, zlib
 import numpy as np

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import tarfile
 import threading
@@ -13,10 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from t2v_ds.data.dataset import ShardDataset
+from t2v_ds.data.dataset import Buffer, ShardDataset
 from t2v_ds.data.manifest import Manifest
 from t2v_ds.data.shards import index_path, load_shard_info, raw_members, read_shard, token_members, write_shard
 from t2v_ds.errors import DataError
+from t2v_ds.kernels.clips import Files
 
 
 def clip(i: int) -> tuple[np.ndarray, str, list[int], dict[str, Any]]:
@@ -214,3 +216,33 @@ def test_many_threads_and_more_shards_than_open_files(tmp_path: Path, monkeypatc
     assert wrong == []
     data.close()
     assert (data.read(3)["frames"] == clip(3)[0]).all()  # opens again
+
+
+def test_no_more_shards_are_open_than_may_be_and_none_is_opened_twice_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("t2v_ds.data.dataset._OPEN_FILES", 3)
+    build(tmp_path, clips=16, shard_clips=2)
+    opened: list[int] = []
+    monkeypatch.setattr(Files, "open", lambda self, number, path, plain=Files.open: (opened.append(number), plain(self, number, path))[1])
+    data, numbers = ShardDataset(tmp_path, "raw"), np.arange(15, -1, -1)
+    found = data.read_frames(numbers, [np.array([0])] * 16, Buffer())
+    assert (found == np.stack([clip(int(i))[0][0] for i in numbers])).all()
+    assert (data._files.descriptors >= 0).sum() == 3
+    opened.clear()
+    for _ in range(5):
+        for i in (5, 7, 9):
+            data.read(i)
+    assert len(opened) <= 3
+
+
+def test_a_forked_process_reads_and_closes_though_a_read_was_under_way(tmp_path: Path) -> None:
+    build(tmp_path)
+    data = ShardDataset(tmp_path, "raw")
+    data.read(0)
+    with data._lock:  # as another thread holds it at that moment
+        data._reads += 1
+        child = os.fork()
+        if child == 0:
+            right = (data.read(4)["frames"] == clip(4)[0]).all()
+            data.close()
+            os._exit(0 if right and (data._files.descriptors == -1).all() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -133,6 +135,38 @@ def test_going_back_drops_what_was_read_ahead() -> None:
         first = steps([stream], 3)
         stream.load_state_dict(start)
         assert steps([stream], 3) == first
+
+
+def test_an_interrupt_while_a_batch_is_waited_for_spoils_no_batch() -> None:
+    """The read that was waited for goes on, and must not write to a buffer that is handed out again."""
+    hold = threading.Event()
+
+    def load(dataset: Numbers, places: Places, buffer: Buffer) -> np.ndarray:
+        memory = buffer.take(4)
+        if not hold.is_set():
+            hold.wait(5)
+        memory[:] = places.numbers
+        return memory
+
+    with ClipStream(Numbers(), 4, seed=SEED, threads=1, load=load) as stream:
+        waiting = stream._waiting
+        threading.Timer(0.3, hold.set).start()
+        with pytest.raises(KeyboardInterrupt), mock.patch.object(Future, "result", side_effect=KeyboardInterrupt):
+            next(stream)
+        assert not waiting
+        assert hold.is_set()  # it was waited for
+        assert next(stream).tolist() == expected(4)
+
+
+def test_a_batch_holds_when_the_position_is_set(tmp_path: Path) -> None:
+    with folder(tmp_path, "tokens") as data, ClipStream(data, 1, seed=SEED, threads=3, load=whole_codes) as stream:
+        start = stream.state_dict()
+        held = next(stream)
+        before = held["codes"].copy()
+        stream.load_state_dict(start)
+        for _ in range(2):
+            next(stream)
+        assert (held["codes"] == before).all()
 
 
 def test_a_position_of_other_data_or_seed_is_refused() -> None:
