@@ -77,7 +77,8 @@ def _prepare(config: PrepareConfig, _: argparse.Namespace) -> None:
     manifest = prepare(config)
     print(f"{config.out}: {manifest.total_clips} clips, {manifest.total_frames} frames, {len(manifest.shards)} shards")
     for reason, count in sorted(manifest.rejected.items()):
-        print(f"  rejected, {reason}: {count} (listed in {config.out}/rejected.jsonl)")
+        listed = "quarantine.jsonl" if reason.startswith("quarantined_") else "rejected.jsonl"
+        print(f"  rejected, {reason}: {count} (listed in {config.out}/{listed})")
     if config.report:
         print(Path(config.out, REPORT).read_text(encoding="utf-8"))
 
@@ -113,7 +114,7 @@ def _verify(config: VerifyConfig, _: argparse.Namespace) -> None:
     if problems:
         raise DataError(
             f"{config.data} is damaged in {len(problems)} {'places' if len(problems) > 1 else 'place'}: restore the files named above, "
-            f"or leave out the damaged clips with t2v index --data {config.data} again=true"
+            f"or leave out damaged clips of shards that are there with t2v index --data {config.data} again=true"
         )
     print(f"{config.data}: {manifest.total_clips} clips in {len(manifest.shards)} shards; every byte is as it was written")
 

@@ -48,7 +48,18 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: Iterabl
         _set_nested(data, key.split("."), value, override)
     if overrides:
         origin = f"{origin} or the command line" if path is not None else "the command line"
-    return from_dict(cls, data, origin)
+    config = from_dict(cls, data, origin)
+    _refuse_urls(config)
+    return config
+
+
+def _refuse_urls(config: Any) -> None:
+    """A URL where a folder must be: it would be taken for the name of one here."""
+    for name in ("out", "data", "tokenizer"):
+        value = getattr(config, name, "")
+        if isinstance(value, str) and "://" in value and not (name == "data" and hasattr(config, "cache")):
+            hint = "; only training reads data at URLs" if name == "data" else ""
+            raise ConfigError(f"setting '{name}' is {value}, a URL; allowed: a folder of this machine{hint}")
 
 
 def from_dict(cls: type[T], data: dict[str, Any], origin: str = "config", prefix: str = "") -> T:

@@ -205,7 +205,8 @@ class CachedFolder:
                 raise
             except Exception as error:  # each file system has exceptions of its own
                 if number == self._retries:
-                    what = " ".join(f"{type(error).__name__}: {error}".split())
+                    kind = "" if isinstance(error, _WrongBytes) else f"{type(error).__name__}: "
+                    what = " ".join(f"{kind}{error}".split())
                     raise DataError(f"{self.location}/{name} could not be fetched in {number + 1} attempts; the last: {what}") from error
                 delay = min(self._backoff_s * 2**number, _LONGEST_WAIT_S)
                 logger.warning("%s/%s: %s; trying again in %g s", self.location, name, error, delay)

@@ -159,7 +159,8 @@ def _split(name: str) -> tuple[str, str, tuple[str, str] | None]:
     key, dot, member = short.partition(".")
     if key and dot and not set("/\\\0") & set(short):
         return key, member, None
-    return short, "", ("member_name", f"member {name!r} has not a name such as KEY.frames.npy, KEY.codes.npy or KEY.json")
+    allowed = "KEY.frames.npy[.zst], KEY.codes.npy or KEY.json with a KEY that holds no slash"
+    return short, "", ("member_name", f"member {name!r} is not {allowed}")
 
 
 def _check(clip: _Clip, kind: str, known: Known | None, codebook_size: int, seen: set[str]) -> Good:

@@ -184,7 +184,8 @@ def _judge(config: IndexConfig, scans: Sequence[ShardScan], bad: Sequence[Bad]) 
     if cut and not config.accept_cut:
         raise DataError(
             f"shard {Path(config.data, cut[0].shard)} ends early: {cut[0].detail}; how many clips are lost cannot be told: restore it, "
-            f"or set accept_cut=true to go on with what is left (shards like this: {len({one.shard for one in cut})}, see {QUARANTINE})"
+            "or set accept_cut=true, and max_bad_share, to go on with what is left "
+            f"(shards like this: {len({one.shard for one in cut})}, see {QUARANTINE})"
         )
     share = max(len(bad) / max(1, good + len(bad)), sum(one.bytes for one in bad) / max(1, sum(scan.bytes for scan in scans)))
     if not good or share > config.max_bad_share:
@@ -192,7 +193,8 @@ def _judge(config: IndexConfig, scans: Sequence[ShardScan], bad: Sequence[Bad]) 
         first = next((one.detail for one in bad if one.reason == reason), "")
         raise DataError(
             f"{len(bad)} of {good + len(bad)} clips of {config.data} are bad; allowed: max_bad_share={config.max_bad_share:g} "
-            f"of clips and bytes, found {share:.3g}; most often {reason} ({count}), such as: {first}; all are listed in {QUARANTINE}"
+            f"of clips and bytes, found {share:.3g}; most often {reason} ({count}), such as: {first}; all are listed in {QUARANTINE}; "
+            "to go on without them raise max_bad_share"
         )
     if bad:
         logger.warning("%d clips of %s are bad and left out; they are listed in %s", len(bad), config.data, QUARANTINE)

@@ -21,6 +21,7 @@ from t2v_ds.config import (
     TrainConfig,
     TransformerConfig,
     TransformerRunConfig,
+    VerifyConfig,
     VQVAEConfig,
     VQVAERunConfig,
 )
@@ -205,3 +206,21 @@ def test_every_setting_says_what_it_is_where_its_name_does_not() -> None:
             cls(**values)
     defaults = VQVAEConfig()
     assert dataclasses.replace(defaults, channel_multipliers=(1, 2, 4), residual_blocks=(0, 0, 1)).grid_size == 16
+
+
+@pytest.mark.parametrize(
+    ("cls", "override", "hint"),
+    [
+        (VQVAERunConfig, "out=s3://bucket/run", "a folder of this machine"),
+        (PrepareConfig, "out=file:///data", "a folder of this machine"),
+        (VerifyConfig, "data=s3://bucket/raw", "only training reads data at URLs"),
+        (TransformerRunConfig, "tokenizer=s3://bucket/t", "a folder of this machine"),
+    ],
+)
+def test_a_url_where_a_folder_must_be_is_refused(cls: type[Any], override: str, hint: str) -> None:
+    with pytest.raises(ConfigError, match=f"a URL; allowed: .*{hint}"):
+        load_config(cls, overrides=[override])
+
+
+def test_training_reads_data_at_urls() -> None:
+    assert load_config(VQVAERunConfig, overrides=["data=s3://bucket/raw"]).data == "s3://bucket/raw"
