@@ -2,6 +2,7 @@
 
     .venv/bin/python tests/bench/forgetting.py --source GIFS --out runs/forgetting [--seeds 3] [--chunks 4]
                                                [--warm 150] [--steps 75] [--cumulative 700]
+                                               [--squeezenet WEIGHTS]
 
     GIFS/DOMAIN/*.gif -> one chunk a domain (the largest ones) -> a short start on all -> a thread a chunk -> average -> cumulative step
 
@@ -29,6 +30,7 @@ from t2v_ds.data.prepare import prepare
 from t2v_ds.data.shards import raw_members, write_shard
 from t2v_ds.evaluation.forgetting import Table, heat_map, measure_all, measured_clips, table_markdown
 from t2v_ds.generate import write_png
+from t2v_ds.losses import PerceptualDistance
 from t2v_ds.merge import average, load_thread
 from t2v_ds.models.facade import Tokenizer, export_tokenizer, load_tokenizer
 from t2v_ds.training.run import train_vqvae
@@ -121,7 +123,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/forgetting"))
     for name, default in (("seeds", 3), ("chunks", 4), ("warm", 150), ("steps", 75), ("cumulative", 700)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--squeezenet", default="", help="state dict of torchvision's squeezenet1_0: measure a perceptual distance, too")
     flags = parser.parse_args()
+    perceptual = PerceptualDistance("squeezenet", flags.squeezenet) if flags.squeezenet else None
     data = flags.out / "data"
     flags.out.mkdir(parents=True, exist_ok=True)
     domains = by_domain(flags.source, data, flags.chunks)
@@ -132,7 +136,7 @@ def main() -> None:
     for seed in range(flags.seeds):
         folders = models(data, flags.out / f"seed-{seed}", seed, domains, flags)
         tokenizers = {model: load_tokenizer(folder) for model, folder in folders.items()}
-        tables.append(measure_all(tokenizers, clips))
+        tables.append(measure_all(tokenizers, clips, perceptual))
         for model, tokenizer in tokenizers.items():
             used.setdefault(model, []).append(codes_used(tokenizer, clips))
     mean: Table = {}
@@ -144,7 +148,7 @@ def main() -> None:
             mean[model][name] = dataclasses.replace(
                 first, **{key: float(np.mean([row[key] for row in rows])) for key in rows[0] if rows[0][key] is not None}
             )
-    for what, digits in (("psnr", 2), ("ssim", 3), ("codes_used", 3)):
+    for what, digits in (("psnr", 2), ("ssim", 3), ("perceptual", 4), ("codes_used", 3)):
         print(f"\n{what}, mean of {flags.seeds} seeds\n")
         print("\n".join(table_markdown(mean, domains, what, digits)))
     print("\nshare of codes used by all chunks together\n")

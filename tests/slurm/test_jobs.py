@@ -50,7 +50,7 @@ def processes(run: Path) -> dict[int, int]:
 def test_the_launcher_without_ssh_and_a_rank_that_dies(slurm: Slurm, folder: Path) -> None:
     out = folder / "launched"
     log = train(slurm, "deepspeed.sbatch", out, "train.steps=2000")
-    slurm.wait(lambda: list(out.glob("checkpoints/step_*")), "a checkpoint", folder)
+    slurm.wait(lambda: list(out.glob("checkpoints/step_????????")), "a checkpoint", folder)
     ranks = processes(out)
     assert set(ranks) == {0, 1}
     os.kill(ranks[1], signal.SIGKILL)
@@ -67,7 +67,7 @@ def test_the_launcher_without_ssh_and_a_rank_that_dies(slurm: Slurm, folder: Pat
 def test_a_rank_that_everybody_waits_for_is_named(slurm: Slurm, folder: Path) -> None:
     out = folder / "waiting"
     log = train(slurm, "train.sbatch", out, "train.steps=100000", "train.watchdog_s=6")
-    slurm.wait(lambda: list(out.glob("checkpoints/step_*")), "a checkpoint", folder)
+    slurm.wait(lambda: list(out.glob("checkpoints/step_????????")), "a checkpoint", folder)
     os.kill(processes(out)[1], signal.SIGSTOP)
     slurm.wait(lambda: not slurm.queue(), "the job's end", folder, 90)
     said = next(line for line in log.read_text().splitlines() if "rank 0 hangs at step" in line)
