@@ -11,6 +11,7 @@ Processes that start together may each compile; the renaming makes whichever com
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import logging
 import os
@@ -162,6 +163,25 @@ def library(name: str) -> Path:
         logger.info("compiling %s (once)", TARGETS[name].source)
         compile_library(name, found)
     return found
+
+
+def load_plain(name: str, off: str, instead: str) -> ctypes.CDLL | None:
+    """The library of a target with a C interface, compiled now if need be; None, and a warning with the reason, if there is none.
+
+    Args:
+        name: of the target.
+        off: "VARIABLE=value": where the environment says so, the library is kept out.
+        instead: what is done then, for the warning.
+    """
+    variable, _, value = off.partition("=")
+    reason = off
+    if os.environ.get(variable) != value:
+        try:
+            return ctypes.CDLL(str(library(name)))
+        except (OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+    logger.warning("%s: %s", instead, reason)
+    return None
 
 
 def _cache() -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import logging
 import os
 import zlib
 from functools import cache
@@ -13,13 +12,10 @@ import numpy as np
 
 from . import build
 
-logger = logging.getLogger(__name__)
-
 SWITCH = "T2V_CLIPS"  # environment variable: "python" keeps the compiled reader out, "pread" mappings
 FILE_ENDS, DAMAGED, OTHER_HEAD, _DOES_NOT_FIT, _NOT_THERE = range(10001, 10006)  # beside the operating system's error numbers
 
 
-@cache
 def available() -> bool:
     """Whether the compiled reader is loaded now; says once, by its reason, if not."""
     return _library() is not None
@@ -173,20 +169,13 @@ def _read(descriptor: int, offset: int, head: np.ndarray, body: np.ndarray, crc:
 @cache
 def _library() -> ctypes.CDLL | None:
     """The compiled reader; says once, by its reason, if there is none."""
-    reason = f"{SWITCH}=python"
-    if os.environ.get(SWITCH) != "python":
-        try:
-            library = ctypes.CDLL(str(build.library("CLIPS")))
-        except (OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
-        else:
-            integer, pointer = ctypes.c_int64, ctypes.c_void_p
-            library.t2v_map.argtypes, library.t2v_map.restype = [ctypes.c_int, integer], pointer
-            library.t2v_unmap.argtypes, library.t2v_unmap.restype = [pointer, integer], None
-            library.t2v_read_pieces.argtypes = [*[pointer] * 9, integer, integer, pointer, integer, pointer, integer]
-            library.t2v_read_pieces.restype = integer
-            library.t2v_crc32.argtypes = [ctypes.c_uint32, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int]
-            library.t2v_crc32.restype = ctypes.c_uint32
-            return library
-    logger.warning("shards are read by Python, to the same bytes but slower: %s", reason)
-    return None
+    library = build.load_plain("CLIPS", f"{SWITCH}=python", "shards are read by Python, to the same bytes but slower")
+    if library is not None:
+        integer, pointer = ctypes.c_int64, ctypes.c_void_p
+        library.t2v_map.argtypes, library.t2v_map.restype = [ctypes.c_int, integer], pointer
+        library.t2v_unmap.argtypes, library.t2v_unmap.restype = [pointer, integer], None
+        library.t2v_read_pieces.argtypes = [*[pointer] * 9, integer, integer, pointer, integer, pointer, integer]
+        library.t2v_read_pieces.restype = integer
+        library.t2v_crc32.argtypes = [ctypes.c_uint32, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int]
+        library.t2v_crc32.restype = ctypes.c_uint32
+    return library

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
 from functools import cache
 
@@ -11,13 +10,10 @@ import numpy as np
 
 from . import build
 
-logger = logging.getLogger(__name__)
-
 SWITCH = "T2V_GIF"  # environment variable: "pillow" keeps the compiled decoder out
 _PLAIN = "T2V_GIF_PLAIN"  # environment variable: keeps vector instructions out
 
 
-@cache
 def available() -> bool:
     """Whether the compiled decoder is loaded now; says once, by its reason, if not."""
     return _library() is not None
@@ -68,18 +64,12 @@ def decode(data: bytes, max_pixels: int, frames: np.ndarray, resize: bool, requi
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    reason = f"{SWITCH}=pillow"
-    if os.environ.get(SWITCH) != "pillow":
-        try:
-            library = ctypes.CDLL(str(build.library("GIF")))
-        except (OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
-        else:
-            pointer, size, flag = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-            library.t2v_gif_scan.argtypes = [ctypes.c_char_p, size, ctypes.c_int64, flag, pointer]
-            library.t2v_gif_decode.argtypes = [
-                ctypes.c_char_p, size, ctypes.c_int64, flag, ctypes.c_uint32, ctypes.c_uint32, flag, pointer, pointer,
-            ]  # fmt: skip
-            return library
-    logger.warning("GIFs are decoded by Pillow, to the same frames but slower: %s", reason)
-    return None
+    """The compiled decoder; says once, by its reason, if there is none."""
+    library = build.load_plain("GIF", f"{SWITCH}=pillow", "GIFs are decoded by Pillow, to the same frames but slower")
+    if library is not None:
+        pointer, size, flag = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+        library.t2v_gif_scan.argtypes = [ctypes.c_char_p, size, ctypes.c_int64, flag, pointer]
+        library.t2v_gif_decode.argtypes = [
+            ctypes.c_char_p, size, ctypes.c_int64, flag, ctypes.c_uint32, ctypes.c_uint32, flag, pointer, pointer,
+        ]  # fmt: skip
+    return library

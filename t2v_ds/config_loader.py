@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import yaml
 
 from t2v_ds.errors import ConfigError, nearest
+from t2v_ds.files import is_url
 
 T = TypeVar("T")
 
@@ -57,7 +58,7 @@ def _refuse_urls(config: Any) -> None:
     """A URL where a folder must be: it would be taken for the name of one here."""
     for name in ("out", "data", "tokenizer"):
         value = getattr(config, name, "")
-        if isinstance(value, str) and "://" in value and not (name == "data" and hasattr(config, "cache")):
+        if isinstance(value, str) and is_url(value) and not (name == "data" and hasattr(config, "cache")):
             hint = "; only training reads data at URLs" if name == "data" else ""
             raise ConfigError(f"setting '{name}' is {value}, a URL; allowed: a folder of this machine{hint}")
 

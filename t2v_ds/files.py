@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
 import socket
+from collections.abc import Iterator
 from pathlib import Path
+
+
+class DiskError(Exception):
+    """A file could not be written here, for the reason `error`: neither the source nor the network is to blame."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+@contextlib.contextmanager
+def disk_errors() -> Iterator[None]:
+    """An OSError inside becomes a DiskError: around what writes here, where others are errors of somebody else."""
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(error) from error
+
+
+def is_url(location: str | Path) -> bool:
+    """Whether this is a URL (s3://, gs://, https://, file://, ...) and not a path."""
+    return "://" in str(location)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

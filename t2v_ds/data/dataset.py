@@ -24,13 +24,12 @@ import numpy as np
 from t2v_ds.data.compression import decompress
 from t2v_ds.data.manifest import MANIFEST, STAGES, Manifest, ShardInfo, digest_of
 from t2v_ds.data.remote import CachedFolder, LocalFolder
-from t2v_ds.data.shards import ARRAYS, DTYPES, check_size, index_path, read_index
+from t2v_ds.data.shards import ARRAYS, DTYPES, HEAD, check_size, index_path, npy_head, read_index
 from t2v_ds.errors import DataError
 from t2v_ds.kernels.clips import DAMAGED, FILE_ENDS, OTHER_HEAD, Files, Pieces
 
 _OPEN_FILES = 512  # shards kept open when there are more
 _CLOSED = -1
-_HEAD = 128  # bytes before the numbers in a .npy file of ours
 _LONGEST_HEAD = 2**16  # of anybody's
 
 
@@ -115,15 +114,17 @@ class ShardDataset:
         side = self.manifest.image_size if kind == "raw" else self.manifest.grid_size
         self.frame_shape = (side, side, 3) if kind == "raw" else (side, side)
         self._frame_bytes = math.prod(self.frame_shape) * DTYPES[kind].itemsize
-        # As `npy_bytes` writes them, so that arrays can be read without parsing.
         self._is_compressed = np.array(compressed, dtype=bool)  # [N]
-        is_plain = ~self._is_compressed & (table[:, 0, 1] == _HEAD + self.lengths * self._frame_bytes)
+        # As `npy_bytes` writes them, so that arrays can be read without parsing.
+        is_plain = ~self._is_compressed & (table[:, 0, 1] == HEAD + self.lengths * self._frame_bytes)
         self._is_plain = bool(is_plain.all())
-        if self._is_plain:
-            heads = np.zeros((int(self.lengths.max(initial=0)) + 1, _HEAD), dtype=np.uint8)  # of an array of so many frames
+        if self._is_plain and kind == "tokens":  # the arrays without their headers, which must be these
+            heads = np.zeros((int(self.lengths.max(initial=0)) + 1, HEAD), dtype=np.uint8)  # of an array of so many frames
             for length in set(lengths):
-                heads[length] = np.frombuffer(self._head(length), dtype=np.uint8)
-            self._arrays = Pieces(self._files, *self._columns(table[:, 0]), self.lengths.astype(np.int32), heads)
+                heads[length] = np.frombuffer(npy_head(DTYPES[kind], (length, *self.frame_shape)), dtype=np.uint8)
+            whole = self._whole
+            head_of = self.lengths.astype(np.int32)
+            self._arrays = Pieces(self._files, whole.files, whole.offsets, whole.sizes, whole.crcs, head_of, heads)
         self._readers = np.zeros(len(self.shards), dtype=np.int64)  # reads under way in a shard, where not all stay open
         self._last_use = np.zeros(len(self.shards), dtype=np.int64)
         self._reads, self._closing = 0, False  # reads under way in all; whether to close when they have ended
@@ -230,15 +231,14 @@ class ShardDataset:
             DataError: as `read`.
             IndexError: there is no such frame.
         """
-        for i, some in zip(numbers, frames, strict=True):
-            if len(some) and not 0 <= some.min() <= some.max() < self.lengths[i]:
-                raise IndexError(f"frames {some.tolist()} of clip {self._keys[i]}, which has {self.lengths[i]}")
+        clips, wanted = np.repeat(numbers, [len(some) for some in frames]), np.concatenate(frames)
+        for bad in ((wanted < 0) | (wanted >= self.lengths[clips])).nonzero()[0]:
+            raise IndexError(f"frame {wanted[bad]} of clip {self._keys[clips[bad]]}, which has {self.lengths[clips[bad]]}")
         if not all(self._frame_crcs[i] for i in numbers) or not (self._is_plain or self._is_compressed[numbers].all()):
             return np.concatenate([self.read(int(i))["frames"][some] for i, some in zip(numbers, frames, strict=True)])
-        clips, wanted = np.repeat(numbers, [len(some) for some in frames]), np.concatenate(frames)
         crcs = [np.frombuffer(bytes.fromhex(self._frame_crcs[i]), dtype="<u4")[some] for i, some in zip(numbers, frames, strict=True)]
         if self._is_plain:
-            starts = self._whole.offsets[clips] + _HEAD + wanted * self._frame_bytes
+            starts = self._whole.offsets[clips] + HEAD + wanted * self._frame_bytes
             sizes = np.full(len(clips), self._frame_bytes, dtype=np.int64)
         else:
             places = [self._packed_places(int(i)) for i in numbers]
@@ -362,13 +362,6 @@ class ShardDataset:
             f"clip {self._keys[i]} of shard {path} is damaged ({why}): "
             f"restore the shard, or remove {self.folder} and make it again with {STAGES[self.kind]}"
         )
-
-    def _head(self, length: int) -> bytes:
-        """The header of the .npy file of a clip."""
-        file = io.BytesIO()
-        header = {"descr": DTYPES[self.kind].str, "fortran_order": False, "shape": (length, *self.frame_shape)}
-        np.lib.format.write_array_header_1_0(file, header)
-        return file.getvalue()
 
     def _array(self, i: int, data: bytes) -> np.ndarray:
         file = io.BytesIO(data)

@@ -9,7 +9,6 @@ A fault of this machine's disk is an error, never a rejected clip.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import email.utils
 import hashlib
@@ -20,12 +19,12 @@ import time
 import urllib.error
 import urllib.parse
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 from t2v_ds.config import DownloadConfig
 from t2v_ds.data.gif import RejectedClip, parse_gif
 from t2v_ds.data.transport import RefusedAddress, open_url
+from t2v_ds.files import DiskError, disk_errors
 
 _BACKOFF_S = 0.5  # before the first retry; doubled for each further one
 _RETRY_STATUS = (408, 425, 429)  # and all of 5xx
@@ -39,10 +38,6 @@ class _Temporary(Exception):
     def __init__(self, problem: str, wait_s: float | None = None) -> None:
         super().__init__(problem)
         self.wait_s = wait_s
-
-
-class _DiskError(Exception):
-    """A file could not be written here: nothing that the clip is to blame for. Raised from the OSError."""
 
 
 def cache_path(folder: Path, url: str) -> Path:
@@ -108,8 +103,8 @@ class Fetcher:
             try:
                 self._attempt(url, path, deadline)
                 return path
-            except _DiskError as error:
-                raise error.__cause__ or error from None
+            except DiskError as error:
+                raise error.error from None
             except _Temporary as error:
                 # A server that says when to come back is obeyed for as long as there is time; that is no failure of the clip.
                 failures += error.wait_s is None
@@ -162,7 +157,7 @@ class Fetcher:
                     raise ConnectionError(f"the connection closed after {size} of {expected} bytes")
                 if expected is None and not response.chunked:
                     _check_whole(temporary)
-            with _disk():
+            with disk_errors():
                 os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -170,7 +165,7 @@ class Fetcher:
     def _save(self, response: http.client.HTTPResponse, temporary: Path) -> int:
         """Write the body to a file as it comes; returns its bytes."""
         size, head = 0, b""
-        with _disk():
+        with disk_errors():
             file = temporary.open("wb")
         with file:
             # read1 returns what has arrived: a time-out then means no byte for that long, not a slow piece.
@@ -183,20 +178,12 @@ class Fetcher:
                     if not any(head.startswith(magic) or magic.startswith(head) for magic in _MAGIC):
                         kind = response.headers.get("Content-Type", "no type")
                         raise RejectedClip("not_a_gif", f"the answer, called {kind}, begins with {head[:16]!r}")
-                with _disk():
+                with disk_errors():
                     file.write(piece)
-            with _disk():
+            with disk_errors():
                 file.flush()
                 os.fsync(file.fileno())
         return size
-
-
-@contextlib.contextmanager
-def _disk() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise _DiskError from error
 
 
 def _check_whole(path: Path) -> None:

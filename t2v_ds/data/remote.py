@@ -19,7 +19,7 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -28,7 +28,7 @@ from t2v_ds.data.disk_cache import PART, DiskCache, own, share
 from t2v_ds.data.manifest import MANIFEST, Manifest
 from t2v_ds.data.shards import index_path
 from t2v_ds.errors import ConfigError, DataError
-from t2v_ds.files import sync
+from t2v_ds.files import DiskError, disk_errors, is_url, sync
 
 logger = logging.getLogger(__name__)
 
@@ -64,11 +64,6 @@ class LocalFolder:
 
     def close(self) -> None:
         """Nothing is held."""
-
-
-def is_url(location: str | Path) -> bool:
-    """Whether this is a URL (s3://, gs://, https://, file://, ...) and not a path."""
-    return "://" in str(location)
 
 
 def open_folder(
@@ -196,7 +191,7 @@ class CachedFolder:
         for number in range(self._retries + 1):
             try:
                 return attempt()
-            except _LocalError as error:
+            except DiskError as error:
                 raise error.error from error
             except _FINAL as error:
                 what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
@@ -256,12 +251,12 @@ class CachedFolder:
                     part.truncate()
                     digest = hashlib.sha256()
             while data := source.read(_CHUNK):
-                with _local_errors():
+                with disk_errors():
                     part.write(data)
                 digest.update(data)
                 if part.tell() > size:
                     break
-        with _local_errors():
+        with disk_errors():
             part.flush()
             os.fsync(part.fileno())
         if part.tell() < size:
@@ -274,22 +269,6 @@ class CachedFolder:
 
 class _WrongBytes(Exception):
     pass
-
-
-class _LocalError(Exception):
-    """This machine's disk failed, not the remote one: not tried again."""
-
-    def __init__(self, error: OSError) -> None:
-        super().__init__(str(error))
-        self.error = error
-
-
-@contextlib.contextmanager
-def _local_errors() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise _LocalError(error) from error
 
 
 def _file_system(url: str) -> tuple[Any, str]:

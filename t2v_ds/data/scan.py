@@ -1,6 +1,6 @@
 """What is in a shard that nobody vouches for: its good clips, as an index lists them, and its bad ones, each with a reason.
 
-    NAME.tar -> tar.walk -> members that stand together -> checks of names, checksums, array, text -> ShardScan (clips, bad)
+NAME.tar -> tar.walk -> members that stand together -> checks of names, checksums, array, text -> ShardScan (clips, bad)
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from typing import Any
 import numpy as np
 
 from t2v_ds.data.compression import decompress
-from t2v_ds.data.shards import ARRAYS, DTYPES, frame_crcs
+from t2v_ds.data.shards import ARRAYS, DTYPES, HEAD, frame_crcs, npy_head
 from t2v_ds.data.tar import Damage, Member, walk
 from t2v_ds.errors import DataError
 
 _LARGEST_CLIP = 2**32  # bytes, decompressed
-_HEAD = 128  # bytes before the numbers in a .npy file, as numpy has written them for years
 Known = dict[str, dict[str, int]]  # key -> name of a member -> CRC-32
 
 
@@ -237,15 +236,9 @@ def _array(payload: bytes, kind: str, name: str) -> np.ndarray:
     if len(payload) != size:
         raise _BadClip("array_size", f"member {name} has {len(payload)} bytes; {dtype} {list(shape)} takes {size}")
     array = np.frombuffer(payload, dtype, offset=head).reshape(shape)
-    if head == _HEAD and payload[:head] != _npy_head(array):  # a stream compares headers of this length byte by byte
+    if head == HEAD and payload[:head] != npy_head(array.dtype, array.shape):  # a stream compares headers of this length byte by byte
         raise _BadClip("npy_header", f"the header of member {name} is not as numpy writes it")
     return array
-
-
-def _npy_head(array: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-    return file.getvalue()
 
 
 def _text(payload: bytes, frames: int, name: str) -> dict[str, Any]:

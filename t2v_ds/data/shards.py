@@ -26,9 +26,17 @@ from t2v_ds.data.manifest import STAGES, ShardInfo
 from t2v_ds.errors import DataError
 from t2v_ds.files import rename_durably, write_atomically
 
+HEAD = 128  # bytes before the numbers in a .npy file, as numpy has written them for years
 ARRAYS = {"raw": "frames", "tokens": "codes"}  # the array of a clip of each kind
 DTYPES: dict[str, np.dtype[Any]] = {"raw": np.dtype(np.uint8), "tokens": np.dtype(np.uint16)}
-INDEX_FORMAT = "t2v_ds.index/1"
+_INDEX_FORMAT = "t2v_ds.index/1"
+
+
+def npy_head(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    """The header of the .npy file of such an array, version 1.0."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": dtype.str, "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
@@ -107,7 +115,12 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]
         file.flush()
         os.fsync(file.fileno())
     rename_durably(temporary, path)
-    index = {"format": INDEX_FORMAT, "shard": path.name, "bytes": size, "sha256": digest.hexdigest(), "chunk": chunk, "clips": clips}
+    return write_index(path, size, digest.hexdigest(), chunk, clips)
+
+
+def write_index(path: Path, size: int, sha256: str, chunk: int, clips: list[dict[str, Any]]) -> ShardInfo:
+    """Write the index of a shard of `size` bytes that lies at `path`, which makes it whole."""
+    index = {"format": _INDEX_FORMAT, "shard": path.name, "bytes": size, "sha256": sha256, "chunk": chunk, "clips": clips}
     write_atomically(index_path(path), (json.dumps(index) + "\n").encode())
     return load_shard_info(path)
 

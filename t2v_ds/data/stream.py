@@ -42,7 +42,7 @@ class Places(NamedTuple):
 
 
 class Dataset(Protocol):
-    """What a stream needs of a data set (`shards.ShardDataset` is one); what is read of it is up to the load function."""
+    """What a stream needs of a data set (`dataset.ShardDataset` is one); what is read of it is up to the load function."""
 
     @property
     def digest(self) -> str:

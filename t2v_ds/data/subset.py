@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ class Selection:
         """Read clip `i` of the selection; see `ShardDataset.read`."""
         return self.dataset.read(int(self.numbers[i]))
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """Frames of each clip: int64 [N]."""
         return self.dataset.lengths[self.numbers]

@@ -25,7 +25,7 @@ from t2v_ds.config import IndexConfig
 from t2v_ds.data.dataset import ShardDataset
 from t2v_ds.data.manifest import MANIFEST, SHARD_NAME, Manifest, ShardInfo
 from t2v_ds.data.scan import Bad, Known, ShardScan, scan_shard
-from t2v_ds.data.shards import ARRAYS, INDEX_FORMAT, index_path, load_shard_info
+from t2v_ds.data.shards import ARRAYS, index_path, load_shard_info, write_index
 from t2v_ds.data.tar import Member, walk
 from t2v_ds.errors import ConfigError, DataError
 from t2v_ds.files import write_atomically
@@ -208,9 +208,7 @@ def _write_indexes(scans: Sequence[ShardScan], chunks: dict[str, int], chunk_cli
             continue
         chunk = chunks.get(scan.path.name, clips // chunk_clips)
         clips += len(scan.clips)
-        fields = {"format": INDEX_FORMAT, "shard": scan.path.name, "bytes": scan.bytes, "sha256": scan.sha256, "chunk": chunk}
-        write_atomically(index_path(scan.path), (json.dumps({**fields, "clips": scan.clips}) + "\n").encode())
-        shards.append(load_shard_info(scan.path))
+        shards.append(write_index(scan.path, scan.bytes, scan.sha256, chunk, scan.clips))
     return shards
 
 
