@@ -7,16 +7,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from t2v_ds.config import SamplingConfig
 from t2v_ds.data.gif import encode_gif
-from t2v_ds.data.video import contact_sheet, write_mp4
+from t2v_ds.data.video import contact_sheet, write_mp4, write_png
 from t2v_ds.errors import ConfigError
 from t2v_ds.files import write_atomically
 from t2v_ds.models.facade import Generator
@@ -72,12 +70,3 @@ def write_clip(path: str | Path, frames: np.ndarray, duration_ms: int) -> None:
         write_atomically(Path(path), encode_gif(frames, durations))
     else:
         write_mp4(path, frames, durations)
-
-
-def write_png(path: str | Path, image: np.ndarray) -> None:
-    """Write an image uint8 [H, W, 3]."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG", optimize=True)
-    write_atomically(path, buffer.getvalue())

@@ -22,13 +22,13 @@ from t2v_ds.config_loader import to_dict
 from t2v_ds.data.manifest import Manifest
 from t2v_ds.data.moving_shapes import combinations, draw, draw_clip, random_attributes
 from t2v_ds.data.prepare import prepare
-from t2v_ds.data.video import contact_sheet
+from t2v_ds.data.video import contact_sheet, write_png
 from t2v_ds.errors import ConfigError
 from t2v_ds.evaluation.faithfulness import accuracy, read_clip
 from t2v_ds.evaluation.reconstruction import measure_reconstruction
 from t2v_ds.evaluation.report import write_report
 from t2v_ds.files import write_atomically
-from t2v_ds.generate import write_clip, write_png
+from t2v_ds.generate import write_clip
 from t2v_ds.models.facade import Generator, load_generator, load_tokenizer
 from t2v_ds.tokenize import tokenize
 from t2v_ds.training.run import train_transformer, train_vqvae

@@ -8,18 +8,16 @@ Only the clips of the contact sheet are read: the rest is known from the indexes
 
 from __future__ import annotations
 
-import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from t2v_ds.data.dataset import ShardDataset
 from t2v_ds.data.pack import REJECTED
-from t2v_ds.data.video import contact_sheet
+from t2v_ds.data.video import contact_sheet, write_png
 from t2v_ds.files import write_atomically
 
 REPORT = "report.md"
@@ -119,9 +117,7 @@ def _write_sheet(dataset: ShardDataset, path: Path) -> None:
     numbers = np.linspace(0, len(dataset) - 1, min(_SHEET_CLIPS, len(dataset))).round().astype(int)
     clips = [dataset.read(int(i)) for i in numbers]
     captions = [f"{clip['caption']} ({len(clip['frames'])} frames)" for clip in clips]
-    buffer = io.BytesIO()
-    Image.fromarray(contact_sheet([clip["frames"] for clip in clips], captions)).save(buffer, format="PNG")
-    write_atomically(path, buffer.getvalue())
+    write_png(path, contact_sheet([clip["frames"] for clip in clips], captions))
 
 
 def _most_common(counts: Counter[str]) -> list[tuple[str, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Sequence
 from fractions import Fraction
@@ -10,6 +11,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from t2v_ds.files import write_atomically
 
 _MARGIN = 4  # pixels around the tiles of a contact sheet
 _FONT_SIZE = 13
@@ -52,6 +55,15 @@ def write_mp4(path: str | Path, frames: np.ndarray, durations_ms: Sequence[int])
             packet.duration = int(duration * milliseconds / packet.time_base)
             container.mux(packet)
     os.replace(temporary, path)
+
+
+def write_png(path: str | Path, image: np.ndarray) -> None:
+    """Write an image uint8 [H, W, 3]."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG", optimize=True)
+    write_atomically(path, buffer.getvalue())
 
 
 def contact_sheet(clips: Sequence[np.ndarray], captions: Sequence[str], columns: int = 8) -> np.ndarray:

@@ -17,9 +17,9 @@ from torch import Tensor
 from t2v_ds.data.dataset import ShardDataset
 from t2v_ds.data.manifest import Manifest
 from t2v_ds.data.subset import Selection, split
+from t2v_ds.data.video import write_png
 from t2v_ds.evaluation.reconstruction import psnr, some_clips
 from t2v_ds.files import write_atomically
-from t2v_ds.generate import write_png
 from t2v_ds.losses import PerceptualDistance, ssim_loss
 from t2v_ds.models.facade import Tokenizer
 from t2v_ds.training.monitor import Monitor

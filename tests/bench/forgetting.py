@@ -28,8 +28,8 @@ from t2v_ds.data.dataset import ShardDataset
 from t2v_ds.data.manifest import Manifest
 from t2v_ds.data.prepare import prepare
 from t2v_ds.data.shards import raw_members, write_shard
+from t2v_ds.data.video import write_png
 from t2v_ds.evaluation.forgetting import Table, heat_map, measure_all, measured_clips, table_markdown
-from t2v_ds.generate import write_png
 from t2v_ds.losses import PerceptualDistance
 from t2v_ds.merge import average, load_thread
 from t2v_ds.models.facade import Tokenizer, export_tokenizer, load_tokenizer
