@@ -320,34 +320,94 @@ class TextConfig:
         require(1 <= self.width <= 8192, "text.width", self.width, "1 to 8192")
 
 
+# Sizes of transformers by name; `docs/transformer.md` has their parameters. A setting that is given wins over its preset's.
+PRESETS: dict[str, dict[str, float]] = {
+    "demo": {"width": 256, "layers": 4, "heads": 4, "kv_heads": 4},
+    "30m": {"width": 512, "layers": 8, "heads": 8, "kv_heads": 8},
+    "90m": {"width": 768, "layers": 12, "heads": 12, "kv_heads": 4},
+    "300m": {"width": 1024, "layers": 24, "heads": 16, "kv_heads": 4},
+    "650m": {"width": 1536, "layers": 24, "heads": 24, "kv_heads": 8},
+    "1.3b": {"width": 2048, "layers": 28, "heads": 32, "kv_heads": 8},
+}
+
+
 @dataclass
 class TransformerConfig:
-    """The autoregressive transformer; the defaults are the spec size."""
+    """The transformer; the defaults are the spec size."""
 
+    preset: str = ""  # "demo", "30m", "90m", "300m", "650m" or "1.3b": width, layers, heads and kv_heads where they are not given
     width: int = 512
     layers: int = 8
     heads: int = 8
-    mlp_ratio: float = 4.0
+    kv_heads: int = 0  # heads of keys and values, each shared by heads / kv_heads queries; 0: as many as heads
+    mlp_ratio: float = 2.67  # hidden units of the gated MLP, in widths
     dropout: float = 0.0
     max_frames: int = 40
+    decoding: str = "token"  # "token": one position after another; "frame": a frame in a few passes, masked positions first guessed all at once
+    attention: str = "full"  # "full"; "factorised": layers within the frame and layers along time take turns; "window": the last window_frames
+    window_frames: int = 4  # that attention "window" sees, the frame itself included
+    conditioning: str = "prefix"  # "prefix": words stand before the frames; "cross": every layer looks at the words apart
     group: int = 1  # each position carries group x group codes
-    neighbourhood: int = 3  # positions are fed the codes this far around: in the frame before, and in the rows above; 0: off
-    activation_checkpointing: bool = False
+    neighbourhood: int = 3  # positions are fed the codes this far around: in the frame before, and in what is known of their own; 0: off
+    learned_positions: bool = True  # learned embeddings of the place in the frame and of the frame's number
+    rotary: bool = True  # queries and keys turned by (time, row, column)
+    tied_head: bool = False  # logits are compared with the embeddings of the codes
+    last_frame: bool = False  # can be given the last frame of a clip (see train's last_frame_share), and so draw loops
+    activation_checkpointing: bool = False  # keep only the input of each layer, and compute it again in the backward pass
+    loss_tile: int = 0  # positions whose logits exist at a time; 0: all
     grid_size: int = 32  # taken from the token shards, whatever is given
     codebook_size: int = 1024  # taken from the token shards, whatever is given
     text_width: int = 0  # taken from the text encoder, whatever is given
 
     def __post_init__(self) -> None:
-        require(self.width >= 1 and self.heads >= 1, "model.width", self.width, ">= 1")
-        require(self.width % self.heads == 0, "model.heads", self.heads, f"a divisor of width ({self.width})")
-        require(self.layers >= 1, "model.layers", self.layers, ">= 1")
-        require(self.mlp_ratio > 0, "model.mlp_ratio", self.mlp_ratio, "> 0")
+        self._check_sizes()
+        for name, allowed in (
+            ("decoding", ("token", "frame")),
+            ("attention", ("full", "factorised", "window")),
+            ("conditioning", ("prefix", "cross")),
+        ):
+            value = getattr(self, name)
+            require(value in allowed, f"model.{name}", value, ", ".join(f"'{one}'" for one in allowed))
+        require(self.attention != "factorised" or self.layers >= 2, "model.layers", self.layers, ">= 2 with attention 'factorised'")
+        require(self.window_frames >= 1, "model.window_frames", self.window_frames, ">= 1")
         require(0 <= self.dropout < 1, "model.dropout", self.dropout, "0 to below 1")
         require(self.max_frames >= 1, "model.max_frames", self.max_frames, ">= 1")
         require(self.group >= 1, "model.group", self.group, ">= 1")
         require(self.grid_size % self.group == 0, "model.group", self.group, f"a divisor of the grid ({self.grid_size} codes a side)")
         side = self.neighbourhood
         require(side == 0 or (side > 0 and side % 2 == 1), "model.neighbourhood", side, "0 or an odd number")
+        require(self.loss_tile >= 0, "model.loss_tile", self.loss_tile, ">= 0 positions")
+
+    def _check_sizes(self) -> None:
+        require(not self.preset or self.preset in PRESETS, "model.preset", self.preset, ", ".join(f"'{name}'" for name in PRESETS))
+        require(self.width >= 1 and self.heads >= 1, "model.width", self.width, ">= 1")
+        require(self.width % self.heads == 0, "model.heads", self.heads, f"a divisor of width ({self.width})")
+        require(self.width // self.heads % 2 == 0, "model.heads", self.heads, f"one that leaves an even width a head (width {self.width})")
+        self.kv_heads = self.kv_heads or self.heads
+        require(self.kv_heads >= 1 and self.heads % self.kv_heads == 0, "model.kv_heads", self.kv_heads, f"a divisor of heads ({self.heads})")
+        require(self.layers >= 1, "model.layers", self.layers, ">= 1")
+        require(self.mlp_ratio > 0, "model.mlp_ratio", self.mlp_ratio, "> 0")
+
+    @property
+    def side(self) -> int:
+        """Positions a side of a frame."""
+        return self.grid_size // self.group
+
+    @property
+    def positions(self) -> int:
+        """Positions of a frame."""
+        return self.side**2
+
+    @property
+    def slots(self) -> int:
+        """Codes of a position."""
+        return self.group**2
+
+    def layer_attention(self, layer: int) -> str:
+        """What a layer attends to: "full", "window", "spatial" (its frame) or "temporal" (its place in the frames so far)."""
+        if self.attention != "factorised":
+            return self.attention
+        return "temporal" if layer % 2 else "spatial"
 
 
 @dataclass
@@ -362,6 +422,10 @@ class TransformerRunConfig:
     caption_dropout: float = 0.1  # share of captions replaced by the empty one, for guidance
     excerpt_share: float = 0.0  # share of samples that are a short excerpt of a clip: cheap practice in drawing and moving
     excerpt_frames: int = 4
+    mask: str = "tube"  # decoding "frame": which positions are masked: "tube": the same in all frames of a clip; "frame": others in each
+    context_noise: float = 0.0  # up to this share of the codes that the model is fed are replaced by random ones, against drift
+    last_frame_share: float = 0.0  # share of whole clips whose last frame is given (needs model.last_frame)
+    z_loss: float = 1.0e-4  # weight of log(sum(exp(logits)))^2, which keeps logits from growing
     length_buckets: int = 0  # steps whose clips are sorted by length and dealt out again, so that less is padded; 0: off
     sample_prompts: tuple[str, ...] = ()  # shown in TensorBoard; empty: captions of the data
     model: TransformerConfig = field(default_factory=TransformerConfig)
@@ -375,6 +439,11 @@ class TransformerRunConfig:
         require(self.excerpt_frames >= 1, "excerpt_frames", self.excerpt_frames, ">= 1")
         require(0 <= self.caption_dropout < 1, "caption_dropout", self.caption_dropout, "0 to below 1")
         require(self.length_buckets >= 0, "length_buckets", self.length_buckets, ">= 0")
+        require(self.mask in ("tube", "frame"), "mask", self.mask, "'tube' or 'frame'")
+        require(0 <= self.context_noise <= 1, "context_noise", self.context_noise, "0 to 1")
+        allowed = "0 to 1" if self.model.last_frame else "0, unless model.last_frame=true"
+        require(0 <= self.last_frame_share <= self.model.last_frame, "last_frame_share", self.last_frame_share, allowed)
+        require(self.z_loss >= 0, "z_loss", self.z_loss, ">= 0")
 
 
 @dataclass
@@ -402,7 +471,11 @@ class SamplingConfig:
     top_k: int = 0  # 0: all codes
     top_p: float = 0.9  # 1: all codes
     guidance: float = 1.5  # classifier-free guidance scale; 1: off
+    guidance_schedule: str = "constant"  # "frames": falls from `guidance` at the first frame to 1 at the last; "passes": rises to it within each
     frames: int = 0  # exact number of frames; 0: until the model ends the clip
+    passes: int = 8  # decoding "frame": forward passes a frame
+    unmask: str = "random"  # decoding "frame": which positions a pass keeps: "random" ones, or those of which the model is most "confident"
+    loop: bool = False  # end on the first frame (of models trained with last_frame_share)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -412,6 +485,9 @@ class SamplingConfig:
         require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, up to 1")
         require(self.guidance >= 0, "guidance", self.guidance, ">= 0")
         require(self.frames >= 0, "frames", self.frames, ">= 0")
+        require(self.passes >= 1, "passes", self.passes, ">= 1")
+        for name, values in (("guidance_schedule", ("constant", "frames", "passes")), ("unmask", ("random", "confident"))):
+            require(getattr(self, name) in values, name, getattr(self, name), ", ".join(f"'{value}'" for value in values))
 
 
 @dataclass

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from t2v_ds.config import PRESETS, TransformerConfig
 from t2v_ds.errors import ConfigError, nearest
 from t2v_ds.files import is_url
 
@@ -68,6 +69,8 @@ def from_dict(cls: type[T], data: dict[str, Any], origin: str = "config", prefix
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     values: dict[str, Any] = {}
+    if cls is TransformerConfig and data.get("preset") in PRESETS:
+        data = {**PRESETS[data["preset"]], **data}
     for key, value in data.items():
         dotted = f"{prefix}{key}"
         if key not in names:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from t2v_ds.config import TransformerConfig
+from t2v_ds.models.layout import Layout
+from t2v_ds.models.sampling import Condition
 from t2v_ds.models.transformer import VideoTransformer
 
 K, TEXT, LONGEST = 13, 5, 6
@@ -34,16 +36,67 @@ def captions(b: int, words: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
     return text * mask[..., None], mask
 
 
+def codes_of(frames: int, seed: int = 0, side: int = 4) -> Tensor:
+    return torch.randint(0, K, (frames, side, side), generator=torch.Generator().manual_seed(seed))
+
+
+def some_masked(lengths: list[int], positions: int, seed: int = 0) -> Tensor:
+    """bool [F, P]: about half of the positions, at least one a frame."""
+    generator = torch.Generator().manual_seed(seed)
+    masked = torch.rand(sum(lengths), positions, generator=generator) < 0.5
+    masked[:, 0] = True
+    return masked
+
+
 @torch.no_grad()
-def predictions(model: VideoTransformer, codes: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Of clips of one length: logits [B, T*P*G, K] of the codes in order, and [B, T + 1] of the ends."""
-    slots: list[Tensor] = []
-    ends: list[Tensor] = []
-    hooks = [layer.register_forward_hook(lambda _, __, out: slots.append(out)) for layer in model.head.logits]
-    hooks.append(model.end.register_forward_hook(lambda _, __, out: ends.append(out)))
-    b, t = codes.shape[:2]
-    model(codes, torch.full((b,), t), text, mask)
-    for hook in hooks:
-        hook.remove()
-    frames, clips = ends  # before each frame, and behind the last
-    return torch.stack(slots, dim=1).view(b, -1, K), torch.cat([frames.view(b, t), clips.view(b, 1)], dim=1)
+def states_of(
+    model: VideoTransformer, codes: Tensor, lengths: list[int], text: Tensor, mask: Tensor, masked: Tensor | None = None,
+    last_given: list[bool] | None = None,
+) -> tuple[Tensor, Layout]:  # fmt: skip
+    """States [S, F, P, width] of whole clips."""
+    states, layout, _ = model.clip_states(codes, lengths, text, mask, [-1] * len(lengths), masked, last_given)
+    return states, layout
+
+
+@torch.no_grad()
+def logits_of(model: VideoTransformer, states: Tensor, groups: Tensor) -> Tensor:
+    """States [F, P, width] and what is told, [F, P, G] -> logits [F, P, G, K], each slot given those before it."""
+    state, given, slots = states.flatten(0, 1), groups.flatten(0, 1), []
+    for slot in range(model.config.slots):
+        slots.append(model.head.slot(state, slot))
+        state = model.head.add(state, slot, given[:, slot])
+    return torch.stack(slots, dim=1).unflatten(0, groups.shape[:2])
+
+
+class Recomputed:
+    """`sampling.States` without caches: every call computes the whole clip anew, as in training."""
+
+    def __init__(self, model: VideoTransformer, condition: Condition) -> None:
+        self.model, self.condition = model, condition
+
+    def _states(self, frames: list[Tensor], masked: Tensor | None) -> Tensor:
+        model, condition, count = self.model, self.condition, len(frames)
+        codes = model.to_codes(torch.stack(frames, dim=1).flatten(0, 1))  # clip after clip
+        clips = len(condition.text)
+        every = masked
+        if model.config.decoding == "frame":
+            every = torch.zeros(clips, count, model.config.positions, dtype=torch.bool)
+            every[:, -1] = False if masked is None else masked
+            every = every.flatten(0, 1)
+        model_goals = model._goals
+        if condition.goals is not None:
+            model._goals = lambda *_: condition.goals  # type: ignore[method-assign]
+        try:
+            states, _, _ = model.clip_states(codes, [count] * clips, condition.text, condition.mask, [-1] * clips, every, None)
+        finally:
+            model._goals = model_goals  # type: ignore[method-assign]
+        return states.unflatten(1, (clips, count))[:, :, -1]  # [S, B, P, width]
+
+    def masked(self, frames: list[Tensor], current: Tensor) -> Tensor:
+        return self._states([*frames, current.clamp_min(0)], current[..., 0] < 0)[1]
+
+    def last(self, frames: list[Tensor]) -> Tensor:
+        return self._states(frames, None)[0]
+
+    def position(self, frames: list[Tensor], current: Tensor, position: int) -> Tensor:
+        return self._states([*frames, current], None)[0][:, position : position + 1]

@@ -14,14 +14,11 @@ def frames_batch(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {"frames": torch.from_numpy(batch["frames"])}
 
 
-def pad_codes(clips: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
-    """Join token clips [T, h, w] of different lengths.
+def pack_codes(clips: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Join token clips [T, h, w] of different lengths, one behind the other.
 
     Returns:
-        "codes": int64 [B, Tmax, h, w], 0 past a clip's end; "lengths": int64 [B] frames.
+        "codes": int64 [F, h, w]; "lengths": frames of each, a list of B numbers, which never need to come back from a device.
     """
-    lengths = [len(clip) for clip in clips]
-    codes = np.zeros((len(clips), max(lengths), *clips[0].shape[1:]), dtype=np.int64)
-    for row, clip in zip(codes, clips, strict=True):
-        row[: len(clip)] = clip
-    return {"codes": torch.from_numpy(codes), "lengths": torch.tensor(lengths, dtype=torch.int64)}
+    codes = np.concatenate(list(clips)).astype(np.int64)
+    return {"codes": torch.from_numpy(codes), "lengths": [len(clip) for clip in clips]}

@@ -186,8 +186,9 @@ class Generator:
         self.frame_duration_ms = int(config["frame_duration_ms"])
 
     def generate(
-        self, prompts: str | Sequence[str], sampling: SamplingConfig | None = None, batch: int = 16, progress: bool = False, **settings: Any
-    ) -> list[np.ndarray]:
+        self, prompts: str | Sequence[str], sampling: SamplingConfig | None = None, batch: int = 16, progress: bool = False,
+        first_frames: np.ndarray | None = None, last_frame: np.ndarray | None = None, **settings: Any,
+    ) -> list[np.ndarray]:  # fmt: skip
         """Draw a clip for each prompt: frames uint8 [T, H, W, 3], each with its own T.
 
         Args:
@@ -195,9 +196,11 @@ class Generator:
             sampling: how codes are drawn; or give its fields by name, such as `temperature=0.9, seed=1`.
             batch: prompts drawn at once; does not change the result beyond rounding.
             progress: show a bar.
+            first_frames: uint8 [T, H, W, 3] with which every clip begins, as the tokenizer shows them.
+            last_frame: uint8 [H, W, 3] with which every clip ends; of models trained with last_frame_share.
 
         Raises:
-            ConfigError: an empty prompt, an unknown setting, or more frames than the model knows.
+            ConfigError: an empty prompt, an unknown setting, more frames than the model knows, or an ending that it was not trained to reach.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         for number, prompt in enumerate(prompts):
@@ -207,18 +210,39 @@ class Generator:
             base = to_dict(sampling) if sampling else {}
             sampling = from_dict(SamplingConfig, {**base, **settings}, "generate()")
         sampling = dataclasses.replace(sampling) if sampling else SamplingConfig()
-        if sampling.frames > self.model.config.max_frames:
-            raise ConfigError(f"setting 'frames' is {sampling.frames}; this model knows 1 to {self.model.config.max_frames} frames")
+        given = self._given(sampling, first_frames, last_frame)
         clips: list[np.ndarray] = []
         for first in tqdm(range(0, len(prompts), batch), desc="generate", unit="batch", disable=not progress):
-            clips += self._draw(prompts[first : first + batch], sampling, first)
+            clips += self._draw(prompts[first : first + batch], sampling, first, *given)
         self.text.log_truncated()
         return clips
 
-    def _draw(self, prompts: list[str], sampling: SamplingConfig, first: int) -> list[np.ndarray]:
+    def _given(
+        self, sampling: SamplingConfig, first_frames: np.ndarray | None, last_frame: np.ndarray | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Codes of the frames that are given: int64 [T, h, w] and [h, w]."""
+        longest = self.model.config.max_frames
+        if sampling.frames > longest:
+            raise ConfigError(f"setting 'frames' is {sampling.frames}; this model knows 1 to {longest} frames")
+        if (sampling.loop or last_frame is not None) and not self.model.config.last_frame:
+            what = "setting 'loop' is true" if sampling.loop else "a last frame is given"
+            raise ConfigError(f"{what}, but this model was not trained to end on a frame (model.last_frame=true, last_frame_share=0.3)")
+        known = 0 if first_frames is None else len(first_frames)
+        wanted = sampling.frames or min(self.max_frames, longest)
+        if known + (last_frame is not None) >= wanted and known:
+            raise ConfigError(f"{known} first frames are given, and the clip has {wanted}: give fewer, or ask for more with frames=")
+        codes = [None if one is None else torch.from_numpy(self.tokenizer.encode(one).astype(np.int64)).to(self.device)
+                 for one in (first_frames, None if last_frame is None else last_frame[None])]  # fmt: skip
+        return codes[0], None if codes[1] is None else codes[1][0]
+
+    def _draw(self, prompts: list[str], sampling: SamplingConfig, first: int, begin: Tensor | None, end: Tensor | None) -> list[np.ndarray]:
         text, mask = (one.to(self.device) for one in self.text.encode(prompts))
+        count = len(prompts)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            drawn = sample_codes(self.model, text, mask, sampling, self.min_frames, self.max_frames, first)
+            drawn = sample_codes(
+                self.model, text, mask, sampling, self.min_frames, self.max_frames, first,
+                None if begin is None else begin.expand(count, -1, -1, -1), None if end is None else end.expand(count, -1, -1),
+            )  # fmt: skip
         return [self.tokenizer.decode(codes.cpu().numpy()) for codes in drawn]
 
 

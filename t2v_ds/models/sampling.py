@@ -1,7 +1,9 @@
-"""Drawing codes from the transformer: position after position, with a cache of keys and values.
+"""Drawing codes from the transformer, frame after frame, with caches of keys and values.
 
-    captions -> prefix -> cache -> for each frame: does the clip end here?
-                                   for each position: logits (guided) -> temperature, top-k, top-p -> codes
+    captions -> words -> caches -> for each frame, drawn -> is it the last?
+      decoding "token":  for each position: logits (guided) -> temperature, top-k, top-p -> codes
+      decoding "frame":  all positions masked -> some of them drawn and kept, in each of a few passes (cosine schedule of
+                         Chang et al. 2022, "MaskGIT") -> the frame's keys and values as it is
 
 Every clip has its own random stream, seeded by (seed, clip's number), so that what a prompt becomes does not depend
 on the prompts that happen to be drawn with it.
@@ -9,23 +11,26 @@ on the prompts that happen to be drawn with it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from t2v_ds.config import SamplingConfig
-from t2v_ds.models.packing import Packing
-from t2v_ds.models.transformer import Cache, VideoTransformer
+from t2v_ds.models.inputs import Goals, Where
+from t2v_ds.models.transformer import VideoTransformer
 
 
 def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Set to -inf what top-k and top-p (nucleus sampling, Holtzman et al. 2020) leave out: [N, K] -> [N, K].
+    """Set to -inf what top-k and top-p (nucleus sampling, Holtzman et al. 2020) leave out: [..., K] -> [..., K].
 
     The likeliest code always stays. top_k 0 and top_p 1 leave out nothing.
     """
     if 0 < top_k < logits.shape[-1]:
-        smallest = logits.topk(top_k).values[:, -1:]
+        smallest = logits.topk(top_k).values[..., -1:]
         logits = logits.masked_fill(logits < smallest, float("-inf"))
     if top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
@@ -42,126 +47,249 @@ class Draws:
     def __init__(self, seed: int, clips: list[int]) -> None:
         self.generators = [torch.Generator().manual_seed((seed * 1_000_003 + clip) % 2**63) for clip in clips]
 
-    def uniform(self) -> Tensor:
-        """One number in [0, 1) a clip: [B] fp64."""
-        return torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in self.generators])
+    def uniform(self, count: int) -> Tensor:
+        """Numbers in [0, 1) for each clip: [B, count] fp64."""
+        return torch.stack([torch.rand(count, generator=g, dtype=torch.float64) for g in self.generators])
+
+    def order(self, count: int) -> Tensor:
+        """A random order of 0 to count - 1 for each clip: int64 [B, count]."""
+        return torch.stack([torch.randperm(count, generator=g) for g in self.generators])
 
 
 def draw(logits: Tensor, config: SamplingConfig, draws: Draws) -> Tensor:
-    """Draw one code a clip from logits [B, K]: int64 [B]."""
+    """Draw codes from logits [B, n, K]: int64 [B, n]."""
     logits = logits.float()
     if config.temperature == 0:
         return logits.argmax(-1)
     probabilities = filter_logits(logits / config.temperature, config.top_k, config.top_p).softmax(-1).double()
-    # Inverse of the cumulative distribution: one number a clip, however many codes there are.
+    # Inverse of the cumulative distribution: one number a draw, however many codes there are.
     cumulative = probabilities.cumsum(-1)
-    wanted = draws.uniform().to(logits.device)[:, None] * cumulative[:, -1:]
+    wanted = draws.uniform(logits.shape[1]).to(logits.device)[..., None] * cumulative[..., -1:]
     return torch.searchsorted(cumulative, wanted, right=True).squeeze(-1).clamp_max(logits.shape[-1] - 1)
 
 
 @dataclass
-class _Guided:
-    """Classifier-free guidance (Ho & Salimans 2022): the second half of a doubled batch has no caption."""
+class Condition:
+    """What clips are drawn from: [B, ...] each, the empty captions of guidance included."""
 
-    scale: float
+    text: Tensor
+    mask: Tensor
+    goals: Goals | None = None
 
-    @property
-    def on(self) -> bool:
-        return self.scale != 1
 
-    def mix(self, logits: Tensor) -> Tensor:
-        """[2B, ...] -> [B, ...] when guidance is on."""
-        if not self.on:
-            return logits
-        given, free = logits.float().chunk(2)
-        return free + self.scale * (given - free)
+class States(Protocol):
+    """The transformer's states of a frame after others. `frames`: those so far, each int64 [B, P, G]."""
 
-    def double(self, x: Tensor) -> Tensor:
-        """[B, ...] -> [2B, ...] when guidance is on."""
-        return torch.cat([x, x]) if self.on else x
+    def masked(self, frames: list[Tensor], current: Tensor) -> Tensor:
+        """States [B, P, width] of a frame with masked positions (-1) after `frames`."""
+        ...
+
+    def position(self, frames: list[Tensor], current: Tensor, position: int) -> Tensor:
+        """State [B, 1, width] that tells the codes of a position of `current`, of which what lies before it is known."""
+        ...
+
+    def last(self, frames: list[Tensor]) -> Tensor:
+        """States [B, P, width] of the last of `frames`; called once for each frame, in order, where its positions were not drawn one by one."""
+        ...
+
+
+class CachedStates:
+    """`States` that keep the keys and values of what came before."""
+
+    def __init__(self, model: VideoTransformer, condition: Condition) -> None:
+        self.model, self.goals = model, condition.goals
+        self.words, self.caption = model.text_inputs(condition.text, condition.mask)
+        self.caches = model.start_caches(self.words)
+        self.clip = torch.arange(len(self.words), device=self.words.device)
+
+    def _where(self, frame: int) -> Where:
+        return Where(self.clip, torch.full_like(self.clip, frame), 0, self.model.config.side)
+
+    def _fed(self, frames: list[Tensor], current: Tensor) -> Tensor:
+        opens = torch.full_like(self.clip, not frames, dtype=torch.bool)
+        before = frames[-1] if frames else current.clamp_min(0)
+        return self.model.inputs(current, before, opens, self.caption, self._where(len(frames)), self.goals)  # type: ignore[no-any-return]
+
+    def masked(self, frames: list[Tensor], current: Tensor) -> Tensor:
+        return self.model.new_states(self._fed(frames, current), self.words, self.caches, len(frames), 0)
+
+    def last(self, frames: list[Tensor]) -> Tensor:
+        fed = self._fed(frames[:-1], frames[-1])
+        return self.model.new_states(fed, self.words, self.caches, len(frames) - 1, 0)
+
+    def position(self, frames: list[Tensor], current: Tensor, position: int) -> Tensor:
+        inputs, side = self.model.inputs, self.model.config.side
+        row, column = divmod(position, side)
+        if position == 0:
+            opens = torch.full_like(self.clip, not frames, dtype=torch.bool)
+            before = frames[-1] if frames else current
+            self._standing = inputs.standing(before, opens, self.caption, self._where(len(frames)), self.goals).flatten(1, 2)
+            assert inputs.start is not None
+            self._previous = inputs.embed(frames[-1][:, -1:]) if frames else inputs.start.expand(len(current), 1, -1)
+        else:
+            self._previous = inputs.embed(current[:, position - 1 : position])
+        if column == 0:
+            where = replace(self._where(len(frames)), first=row, end=row + 1)
+            self._row = inputs.near_own(inputs.rows(current, where)).flatten(1, 2)
+        fed = self._previous + self._row[:, column : column + 1] + self._standing[:, position : position + 1]
+        return self.model.new_states(fed, self.words, self.caches, len(frames), position)
 
 
 @torch.no_grad()
 def sample_codes(
-    model: VideoTransformer,
-    text: Tensor,
-    mask: Tensor,
-    config: SamplingConfig,
-    min_frames: int = 1,
-    max_frames: int | None = None,
-    first_clip: int = 0,
-) -> list[Tensor]:
+    model: VideoTransformer, text: Tensor, mask: Tensor, config: SamplingConfig, min_frames: int = 1, max_frames: int | None = None,
+    first_clip: int = 0, first_frames: Tensor | None = None, last_frame: Tensor | None = None,
+    states: Callable[[VideoTransformer, Condition], States] = CachedStates,
+) -> list[Tensor]:  # fmt: skip
     """Draw a clip for each caption.
 
     Args:
         model: in eval mode.
         text: fp32 [B, W, text width] word vectors; mask: bool [B, W].
-        config: temperature, top-k, top-p, guidance, seed; frames > 0 fixes the length.
+        config: temperature, top-k, top-p, guidance, passes, seed; frames > 0 fixes the length.
         min_frames, max_frames: bounds of the length where the model decides it; at most the model's max_frames.
         first_clip: number of the first clip, for the seed of its random stream.
+        first_frames: int64 [B, T, h, w]: codes with which the clips begin.
+        last_frame: int64 [B, h, w]: codes with which they end, after `config.frames` (else `max_frames`) frames.
+        states: what computes states.
 
     Returns:
         codes int64 [T, h, w] a caption, each with its own T.
     """
     longest = min(max_frames or model.config.max_frames, model.config.max_frames)
-    if config.frames:
-        min_frames = longest = config.frames
-    guided, batch = _Guided(config.guidance), len(text)
-    if guided.on:
-        text, mask = torch.cat([text, torch.zeros_like(text)]), torch.cat([mask, torch.zeros_like(mask)])
-    prefix, caption = model.text_inputs(text, mask)
-    cache = Cache()
-    model.states(prefix.flatten(0, 1), Packing(torch.full((len(prefix),), prefix.shape[1]), prefix.shape[1]), cache)
-    draws = Draws(config.seed, list(range(first_clip, first_clip + batch)))
-    decoder = _FrameDecoder(model, caption, cache, guided, config, draws)
-    frames: list[Tensor] = []
-    lengths = torch.full((batch,), longest)
-    for t in range(longest):
-        groups, ends = decoder.next_frame(t, frames)
-        if t >= min_frames:
-            lengths = torch.where((lengths == longest) & ends.cpu(), torch.tensor(t), lengths)
-            if bool((lengths <= t).all()):
-                break
-        frames.append(groups)
+    if config.frames or config.loop or last_frame is not None:
+        min_frames = longest = config.frames or longest
+    drawing = _Drawing(model, text, mask, config, longest, Draws(config.seed, list(range(first_clip, first_clip + len(text)))), states)
+    frames = [] if first_frames is None else list(model.to_groups(first_frames).unbind(1))[:longest]
+    last = None if last_frame is None else model.to_groups(last_frame)
+    if config.loop and last is None:
+        if not frames:
+            drawing.start(None)
+            frames.append(drawing.next_frame([])[0])
+        last = frames[0]
+    drawing.start(last)
+    lengths = torch.full((len(text),), longest)
+    ends = drawing.given(frames)
+    while True:
+        if len(frames) >= min_frames:
+            lengths = torch.where((lengths == longest) & ends, torch.tensor(len(frames)), lengths)
+        if len(frames) == longest or (frames and bool((lengths <= len(frames)).all())):
+            break
+        if last is not None and len(frames) == longest - 1:
+            frames.append(last)  # the clip ends on it exactly
+            break
+        frame, ends = drawing.next_frame(frames)
+        frames.append(frame)
     codes = model.to_codes(torch.stack(frames, dim=1))  # [B, T, h, w]
     return [one[:length] for one, length in zip(codes, lengths.tolist(), strict=True)]
 
 
-class _FrameDecoder:
-    """Draws the positions of one frame after another."""
+class _Drawing:
+    """Draws one frame after another. Classifier-free guidance (Ho & Salimans 2022): a second half of the batch has no caption."""
 
     def __init__(
-        self, model: VideoTransformer, caption: Tensor, cache: Cache, guided: _Guided, config: SamplingConfig, draws: Draws
-    ) -> None:
-        self.model, self.caption, self.cache, self.guided, self.config, self.draws = model, caption, cache, guided, config, draws
-        self.last = model.start.expand(len(caption), -1)  # what the next position is fed as "codes of i - 1"
-        self.one = Packing(torch.ones(len(caption), dtype=torch.long), 1)
+        self, model: VideoTransformer, text: Tensor, mask: Tensor, config: SamplingConfig, longest: int, draws: Draws,
+        states: Callable[[VideoTransformer, Condition], States],
+    ) -> None:  # fmt: skip
+        self.model, self.config, self.longest, self.draws, self.make_states = model, config, longest, draws, states
+        self.guided = config.guidance != 1
+        self.text, self.mask = text, mask
+        self.scale = config.guidance
 
-    def next_frame(self, t: int, frames: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Draw frame `t` after `frames` (each [B, P, G]): (groups [B, P, G], whether the clip ended before it [B])."""
-        model = self.model
-        where = model.place_and_time(torch.tensor([t], device=self.caption.device))[0]  # [P, width]
-        nothing = torch.zeros(len(self.caption), model.positions, model.config.width, device=self.caption.device)
-        before = model.embed_codes(self.guided.double(frames[-1])) if frames else nothing
-        current = nothing.clone()  # filled in as positions are drawn
-        groups, ends = [], torch.zeros(0)
-        for p in range(model.positions):
-            row, column = divmod(p, model.side)
-            if column == 0:
-                near = model.neighbours(before, current, row)
-            x = self.last + near[:, column] + where[p] + self.caption
-            state = model.states(x, self.one, self.cache)
-            if p == 0:
-                ends = self.guided.mix(model.end(state)).squeeze(-1) > 0
-            groups.append(self._draw_group(state))
-            self.last = current[:, p] = model.embed_codes(self.guided.double(groups[-1]))
-        return torch.stack(groups, dim=1), ends
+    def start(self, last: Tensor | None) -> None:
+        """Begin a clip that ends on `last` [B, P, G]."""
+        text, mask = self.text, self.mask
+        if self.guided:
+            text, mask = torch.cat([text, torch.zeros_like(text)]), torch.cat([mask, torch.zeros_like(mask)])
+        goals = None
+        if last is not None:
+            every = torch.ones(len(text), dtype=torch.bool, device=text.device)
+            goals = Goals(self._double(last), every, torch.full((len(text),), self.longest, device=text.device))
+        self.states = self.make_states(self.model, Condition(text, mask, goals))
 
-    def _draw_group(self, state: Tensor) -> Tensor:
-        """State [B or 2B, width] -> codes [B, G], slot after slot."""
-        head, codes = self.model.head, []
+    def given(self, frames: list[Tensor]) -> Tensor:
+        """Take in frames that are given: whether the clip ends behind the last of them [B]."""
+        ends = torch.zeros(len(self.text), dtype=torch.bool)
+        for count in range(1, len(frames) + 1):
+            ends = self._ends(self.states.last([self._double(frame) for frame in frames[:count]]))
+        return ends
+
+    def next_frame(self, frames: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Draw the frame after `frames` (each [B, P, G]): (groups [B, P, G], whether the clip ends behind it [B])."""
+        self.scale = self._scale_of_frame(len(frames))
+        doubled = [self._double(frame) for frame in frames]
+        current = torch.full((len(self.text), self.model.config.positions, self.model.config.slots), -1, device=self.text.device)
+        if self.model.config.decoding == "token":
+            states = self._by_position(doubled, current.zero_())
+        else:
+            self._in_passes(doubled, current)
+            states = self.states.last([*doubled, self._double(current)])
+        return current, self._ends(states)
+
+    def _by_position(self, frames: list[Tensor], current: Tensor) -> Tensor:
+        states = []
+        for position in range(current.shape[1]):
+            states.append(self.states.position(frames, self._double(current), position))
+            current[:, position : position + 1] = self._draw(states[-1])[0]
+        return torch.cat(states, dim=1)
+
+    def _in_passes(self, frames: list[Tensor], current: Tensor) -> None:
+        positions = current.shape[1]
+        order = self.draws.order(positions).to(current.device)  # [B, P]
+        rows = torch.arange(len(current), device=current.device)[:, None]
+        ramp = self.scale
+        for done, upto, share in _schedule(positions, self.config.passes):
+            if self.config.guidance_schedule == "passes":
+                self.scale = 1 + (ramp - 1) * share
+            states = self.states.masked(frames, self._double(current))  # [B or 2B, P, width]
+            confident = self.config.unmask == "confident"
+            chosen = order[:, done:] if confident else order[:, done:upto]  # [B, n]
+            codes, sure = self._draw(states.gather(1, self._double(chosen)[..., None].expand(-1, -1, states.shape[-1])))
+            if confident and upto < positions:  # the ones drawn most surely come first, with noise that fades (Chang et al. 2022)
+                noise = -(-self.draws.uniform(chosen.shape[1]).clamp_min(1e-12).log()).log().to(sure.device)
+                ranked = (sure + self.config.temperature * (1 - share) * noise).argsort(dim=1, descending=True)
+                order[:, done:] = order[:, done:].gather(1, ranked)
+                chosen, codes = order[:, done:upto], codes.gather(1, ranked[..., None].expand_as(codes))[:, : upto - done]
+            current[rows, chosen] = codes
+
+    def _draw(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """States [B or 2B, n, width] -> codes [B, n, G], slot after slot, and the log of their probability [B, n]."""
+        head, codes, sure = self.model.head, [], torch.zeros((), device=state.device, dtype=torch.float64)
+        state = state.float()
         for slot in range(head.slots):
-            logits = self.guided.mix(head.slot(state, slot))
+            logits = self._mix(head.slot(state, slot))
             codes.append(draw(logits, self.config, self.draws))
-            state = head.add(state, slot, self.guided.double(codes[-1]))
-        return torch.stack(codes, dim=1)
+            sure = sure + logits.double().log_softmax(-1).gather(-1, codes[-1][..., None]).squeeze(-1)
+            state = head.add(state, slot, self._double(codes[-1]))
+        return torch.stack(codes, dim=-1), sure
+
+    def _ends(self, states: Tensor) -> Tensor:
+        return self._mix(self.model.end(states).squeeze(-1).float().mean(1)).cpu() > 0
+
+    def _scale_of_frame(self, number: int) -> float:
+        if self.config.guidance_schedule == "frames" and self.longest > 1:
+            return 1 + (self.config.guidance - 1) * (1 - number / (self.longest - 1))
+        return self.config.guidance
+
+    def _mix(self, logits: Tensor) -> Tensor:
+        """[2B, ...] -> [B, ...] when guidance is on."""
+        if not self.guided:
+            return logits
+        given, free = logits.float().chunk(2)
+        return free + self.scale * (given - free)
+
+    def _double(self, x: Tensor) -> Tensor:
+        """[B, ...] -> [2B, ...] when guidance is on."""
+        return torch.cat([x, x]) if self.guided else x
+
+
+def _schedule(positions: int, passes: int) -> list[tuple[int, int, float]]:
+    """For each pass how many positions are known before and after it, and how far along it is (0 to 1)."""
+    passes = min(passes, positions)
+    steps, done = [], 0
+    for number in range(passes):
+        upto = positions - int(positions * math.cos(math.pi / 2 * (number + 1) / passes))
+        upto = min(max(upto, done + 1), positions - (passes - 1 - number))
+        steps.append((done, upto, number / max(1, passes - 1)))
+        done = upto
+    return steps

@@ -134,11 +134,15 @@ class TransformerObjective(Objective):
         self.text, self.tokenizer = text, [tokenizer]  # in a list: frozen, and no part of what is trained
 
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """{"codes": [B, T, h, w], "lengths", "starts": [B], "text": [B, W, D], "mask": [B, W]} -> (loss, losses by name)."""
-        codes, end = self.model(batch["codes"], batch["lengths"], batch["text"], batch["mask"], batch["starts"])
-        codes, end = codes.mean(), end.mean()
+        """What `variation.join` returns, with "text": [B, W, D] and "mask": [B, W] -> (loss, losses by name)."""
+        losses = self.model(
+            batch["codes"], batch["lengths"], batch["text"], batch["mask"], batch["starts"], batch["context"], batch["masked"],
+            batch["last_given"],
+        )  # fmt: skip
+        codes, end, z = (one.mean() for one in losses)
+        # Of masked positions alone, with decoding "frame": what the whole clip takes is for `t2v evaluate` to measure.
         metrics = {"loss/codes": codes.detach(), "loss/end": end.detach(), "quality/bits_per_code": codes.detach() / math.log(2)}
-        return codes + END_WEIGHT * end, metrics
+        return codes + END_WEIGHT * end + self.config.z_loss * z, metrics
 
     def visualise(self, step: int, engine: Engine, monitor: Monitor) -> None:
         """A clip a prompt."""

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from t2v_ds.config import TransformerRunConfig, VQVAERunConfig
 from t2v_ds.config_loader import to_dict
-from t2v_ds.data.collate import frames_batch, pad_codes
+from t2v_ds.data.collate import frames_batch
 from t2v_ds.data.dataset import Buffer, ShardDataset
 from t2v_ds.data.order import Order
 from t2v_ds.data.remote import CachedFolder, LocalFolder, open_folder
@@ -30,6 +29,7 @@ from t2v_ds.training.distributed import connect
 from t2v_ds.training.ds_config import accumulation_steps
 from t2v_ds.training.loop import seed_generators, total_steps, train
 from t2v_ds.training.objectives import Clips, TransformerObjective, VQVAEObjective
+from t2v_ds.training.variation import join, vary
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +169,7 @@ def train_transformer(config: TransformerRunConfig) -> dict[str, float]:
 
         def collate(batch: dict[str, Any]) -> dict[str, Any]:
             vectors, mask = text.encode(batch["captions"])
-            return {"codes": batch["codes"], "lengths": batch["lengths"], "starts": batch["starts"], "text": vectors, "mask": mask}
+            return {**batch, "text": vectors, "mask": mask}
 
         with stream:
             settings = _settings(config)
@@ -183,31 +183,16 @@ def train_transformer(config: TransformerRunConfig) -> dict[str, float]:
 
 
 class _Vary:
-    """A load function that empties a share of the captions and takes only an excerpt of a share of the clips.
-
-    Without captions the model learns clips as such, for guidance. Most of what a clip shows is settled by its first
-    frame and by how one frame follows from another; excerpts are cheap practice in both (compare the joint training on
-    images and video of Ho et al. 2022).
-    """
+    """A load function that makes of clips what a step trains on: see `variation.vary`."""
 
     def __init__(self, config: TransformerRunConfig) -> None:
         self.config = config
 
     def __call__(self, dataset: Any, places: Places, buffer: Buffer) -> dict[str, Any]:
-        """See `stream.Load`: "codes", "lengths" as `pad_codes` has them, "captions", and "starts" int64 [B]: -1 for whole clips."""
+        """See `stream.Load`: what `variation.join` returns."""
         batch = whole_codes(dataset, places, buffer)
-        clips, captions, starts = [], [], []
-        ends = np.cumsum(batch["lengths"])
-        for rng, caption, end, length in zip(places.rngs(), batch["captions"], ends, batch["lengths"], strict=True):
-            codes, start = batch["codes"][end - length : end], -1
-            captions.append("" if rng.random() < self.config.caption_dropout else caption)
-            if rng.random() < self.config.excerpt_share:
-                frames = min(self.config.excerpt_frames, len(codes))
-                start = int(rng.integers(len(codes) - frames + 1))
-                codes = codes[start : start + frames]
-            clips.append(codes)
-            starts.append(start)
-        return {**pad_codes(clips), "captions": captions, "starts": torch.tensor(starts)}
+        clips = np.split(batch["codes"], np.cumsum(batch["lengths"])[:-1])
+        return join([vary(*one, self.config) for one in zip(clips, batch["captions"], places.rngs(), strict=True)])
 
 
 def _fit_model(config: TransformerRunConfig, dataset: ShardDataset, text_width: int) -> Any:

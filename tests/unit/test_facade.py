@@ -25,7 +25,7 @@ from tests.helpers import environment
 SIZE, GRID, K = 16, 4, 24
 VQ = VQVAEConfig(SIZE, 8, (1, 2), (0, 1), 4, QuantizerConfig(codebook_size=K, codebook_dim=6))
 TEXT = TextConfig(tokens=8, width=12)
-TRANSFORMER = TransformerConfig(16, 1, 2, max_frames=6, group=2, grid_size=GRID, codebook_size=K, text_width=TEXT.width)
+TRANSFORMER = TransformerConfig(width=16, layers=1, heads=2, max_frames=6, group=2, grid_size=GRID, codebook_size=K, text_width=TEXT.width)
 
 
 def vqvae(seed: int = 0) -> VQVAE:

@@ -7,59 +7,45 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from t2v_ds.config import SamplingConfig
-from t2v_ds.models.sampling import Draws, draw, filter_logits, sample_codes
-from tests.toy_transformer import LONGEST, K, captions, make, predictions
+from t2v_ds.models.sampling import Draws, _schedule, draw, filter_logits, sample_codes
+from tests.toy_transformer import LONGEST, captions, codes_of, make, states_of
 
 
-@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("decoding", ["token", "frame"])
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
-@pytest.mark.parametrize("kernel", [0, 3])
-def test_drawing_with_the_cache_equals_computing_everything_anew(group: int, guidance: float, kernel: int) -> None:
-    """112 positions a clip, so that the cache also grows (it starts with room for 64)."""
-    model = make(group, neighbourhood=kernel)
-    text, mask = captions(3)
-    drawn = sample_codes(model, text, mask, SamplingConfig(temperature=0, guidance=guidance, frames=LONGEST))
-    codes = torch.stack(drawn)
-    assert codes.shape == (3, LONGEST, 4, 4)
-    logits, _ = predictions(model, codes, text, mask)
-    if guidance != 1:
-        free, _ = predictions(model, codes, torch.zeros_like(text), torch.zeros_like(mask))
-        logits = free + guidance * (logits - free)
-    chosen = logits.gather(-1, model.to_groups(codes).flatten(1)[..., None]).squeeze(-1)
-    best = logits.amax(-1)
-    assert float((best - chosen).max()) < 1e-3  # the likeliest (or one that ties with it up to rounding)
-    assert float((best - logits.mean(-1)).min()) > 0.1  # which is not just any
-    assert len(codes.unique()) > 4
-    assert not torch.equal(codes[0], codes[1])  # the caption matters
-
-
-@pytest.mark.parametrize("guidance", [1.0, 2.5])
-def test_the_length_is_what_the_whole_forward_pass_says(guidance: float) -> None:
-    model = make()
+def test_the_length_is_what_the_whole_forward_pass_says(guidance: float, decoding: str) -> None:
+    model = make(decoding=decoding)
     text, mask = captions(12)
+
+    def votes(codes: Tensor, one: slice, given: bool = True) -> Tensor:
+        """"Is this frame the last?" of each frame [T]."""
+        masked = torch.zeros(len(codes), model.config.positions, dtype=torch.bool) if decoding == "frame" else None
+        states, _ = states_of(model, codes, [len(codes)], text[one] * given, mask[one] & given, masked)
+        return model.end(states[0]).squeeze(-1).mean(1)
+
     with torch.no_grad():  # ends neither always nor never
         model.end.weight.normal_()
-        _, ends = predictions(model, torch.randint(0, K, (12, LONGEST, 4, 4)), text, mask)
-        model.end.bias -= ends.quantile(0.7)
-    drawn = sample_codes(model, text, mask, SamplingConfig(guidance=guidance, seed=3))
-    lengths = [len(codes) for codes in drawn]
-    assert len(set(lengths)) > 1
-    for b, codes in enumerate(drawn):
-        one = slice(b, b + 1)
-        _, ends = predictions(model, codes[None], text[one], mask[one])
-        if guidance != 1:
-            _, free = predictions(model, codes[None], torch.zeros_like(text[one]), torch.zeros_like(mask[one]))
-            ends = free + guidance * (ends - free)
-        decisions = (ends[0] > 0).tolist()  # before each frame, and behind the last
-        assert not any(decisions[1 : len(codes)])  # the first frame is always drawn
-        assert decisions[len(codes)] or len(codes) == LONGEST
+        some = [votes(codes_of(LONGEST, seed=b), slice(b, b + 1)) for b in range(12)]
+        model.end.bias -= torch.cat(some).quantile(0.7)
+        drawn = sample_codes(model, text, mask, SamplingConfig(guidance=guidance, seed=3, passes=2))
+        assert len({len(codes) for codes in drawn}) > 1
+        for b, codes in enumerate(drawn):
+            one = slice(b, b + 1)
+            ends = votes(codes, one)
+            if guidance != 1:
+                free = votes(codes, one, given=False)
+                ends = free + guidance * (ends - free)
+            assert not bool((ends[:-1] > 0).any())
+            assert float(ends[-1]) > 0 or len(codes) == LONGEST
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_a_clip_depends_on_its_seed_and_number_and_not_on_those_beside_it(guidance: float) -> None:
-    model = make()
+@pytest.mark.parametrize("decoding", ["token", "frame"])
+def test_a_clip_depends_on_its_seed_and_number_and_not_on_those_beside_it(guidance: float, decoding: str) -> None:
+    model = make(decoding=decoding)
     text, mask = captions(4)
     config = SamplingConfig(guidance=guidance, seed=7, temperature=1.5)
     together = sample_codes(model, text, mask, config)
@@ -104,7 +90,7 @@ def test_top_k_and_top_p_keep_exactly_what_they_say() -> None:
 
 def test_draws_follow_the_filtered_distribution() -> None:
     n = 4000
-    logits = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15]).log().expand(n, -1)
+    logits = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15]).log().expand(n // 2, 2, -1)  # two draws a clip
     wanted = {
         (1.0, 0, 1.0): [0.1, 0.4, 0.05, 0.3, 0.15],
         (1.0, 2, 1.0): [0, 4 / 7, 0, 3 / 7, 0],
@@ -114,10 +100,38 @@ def test_draws_follow_the_filtered_distribution() -> None:
     }
     for (temperature, top_k, top_p), shares in wanted.items():
         config = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
-        drawn = draw(logits, config, Draws(0, list(range(n))))
-        found = torch.bincount(drawn, minlength=5) / n
+        drawn = draw(logits, config, Draws(0, list(range(n // 2))))
+        found = torch.bincount(drawn.flatten(), minlength=5) / n
         for share, expected in zip(found.tolist(), shares, strict=True):
             assert share == pytest.approx(expected, abs=0 if expected in (0, 1) else 4 * (0.25 / n) ** 0.5)
+
+
+def test_every_position_is_drawn_once_in_as_many_passes_as_asked_for() -> None:
+    for positions in (1, 4, 16, 1024):
+        for passes in (1, 2, 8, 2000):
+            steps = _schedule(positions, passes)
+            assert len(steps) == min(passes, positions)
+            assert [done for done, _, _ in steps] == [0, *(upto for _, upto, _ in steps[:-1])]
+            assert all(done < upto for done, upto, _ in steps)
+            assert steps[-1][1] == positions
+            assert steps[0][2] == 0
+            assert len(steps) == 1 or steps[-1][2] == 1
+
+
+def test_a_loop_ends_on_its_first_frame_and_a_given_last_frame_is_kept() -> None:
+    text, mask = captions(2)
+    for decoding in ("token", "frame"):
+        model = make(decoding=decoding, last_frame=True)
+        looped = sample_codes(model, text, mask, SamplingConfig(frames=4, loop=True, passes=2))
+        assert all(len(codes) == 4 and torch.equal(codes[0], codes[-1]) for codes in looped)
+        assert any(not torch.equal(codes[0], codes[1]) for codes in looped)
+        first, last = codes_of(2, seed=1)[:, None], codes_of(2, seed=2)
+        given = sample_codes(model, text, mask, SamplingConfig(frames=5, passes=2), first_frames=first, last_frame=last)
+        for b, codes in enumerate(given):
+            assert torch.equal(codes[0], first[b, 0])
+            assert torch.equal(codes[-1], last[b])
+        other = sample_codes(model, text, mask, SamplingConfig(frames=5, passes=2), first_frames=first, last_frame=last.flip(1))
+        assert not torch.equal(other[0][1:-1], given[0][1:-1])  # what comes between knows where it goes
 
 
 def test_temperature_0_ignores_the_seed() -> None:

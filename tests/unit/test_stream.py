@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from t2v_ds.data.collate import frames_batch, pad_codes
+from t2v_ds.data.collate import frames_batch, pack_codes
 from t2v_ds.data.dataset import Buffer, ShardDataset
 from t2v_ds.data.manifest import Manifest
 from t2v_ds.data.order import sample_at
@@ -299,8 +299,8 @@ def test_batches() -> None:
     frames = frames_batch({"frames": np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3)})["frames"]
     assert frames.dtype == torch.uint8
     assert frames.shape == (2, 2, 2, 3)
-    batch = pad_codes([np.full((n, 2, 2), 60000 + n, dtype=np.uint16) for n in (1, 3)])
+    batch = pack_codes([np.full((n, 2, 2), 60000 + n, dtype=np.uint16) for n in (1, 3)])
     assert batch["codes"].dtype == torch.int64
-    assert batch["codes"].shape == (2, 3, 2, 2)
-    assert batch["codes"][:, :, 0, 0].tolist() == [[60001, 0, 0], [60003] * 3]
-    assert batch["lengths"].tolist() == [1, 3]
+    assert batch["codes"].shape == (4, 2, 2)
+    assert batch["codes"][:, 0, 0].tolist() == [60001, 60003, 60003, 60003]
+    assert batch["lengths"] == [1, 3]

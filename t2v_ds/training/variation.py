@@ -1,0 +1,87 @@
+"""What a clip is made into for one training step of the transformer: all that is random about it.
+
+    clip -> caption kept or emptied -> whole or an excerpt -> some codes of what is fed replaced -> some positions masked
+
+Everything is drawn in the loading threads from the sample's own random numbers, so that it is the same on whatever rank the sample
+is loaded, and on all ranks that share one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from t2v_ds.config import TransformerRunConfig
+from t2v_ds.data.collate import pack_codes
+
+
+@dataclass
+class Sample:
+    """A clip as a step sees it."""
+
+    codes: np.ndarray  # uint16 [T, h, w]: what is to be told
+    context: np.ndarray | None  # the same shape: what is fed, where that is something else
+    masked: np.ndarray | None  # bool [T, P], for decoding "frame"
+    caption: str
+    start: int  # number of the first frame of an excerpt; -1: the clip is whole
+    last_given: bool | None  # None: the model cannot be given a last frame
+
+
+def vary(codes: np.ndarray, caption: str, rng: np.random.Generator, config: TransformerRunConfig) -> Sample:
+    """Make a clip [T, h, w] into a sample.
+
+    Without captions the model learns clips as such, for guidance. Most of what a clip shows is settled by its first
+    frame and by how one frame follows from another; excerpts are cheap practice in both (compare the joint training on
+    images and video of Ho et al. 2022).
+    """
+    start = -1
+    caption = "" if rng.random() < config.caption_dropout else caption
+    if rng.random() < config.excerpt_share:
+        frames = min(config.excerpt_frames, len(codes))
+        start = int(rng.integers(len(codes) - frames + 1))
+        codes = codes[start : start + frames]
+    model = config.model
+    context = _noisy(codes, rng, config.context_noise, model.codebook_size) if config.context_noise else None
+    masked = _mask(len(codes), model.positions, rng, config.mask == "tube") if model.decoding == "frame" else None
+    last_given = bool(start < 0 and rng.random() < config.last_frame_share) if model.last_frame else None
+    return Sample(codes, context, masked, caption, start, last_given)
+
+
+def _noisy(codes: np.ndarray, rng: np.random.Generator, most: float, codebook_size: int) -> np.ndarray:
+    """Replace a share of the codes, itself drawn between 0 and `most`: a model must not trust all that it has drawn."""
+    wrong = rng.random(codes.shape) < rng.uniform(0, most)
+    return np.where(wrong, rng.integers(codebook_size, size=codes.shape, dtype=codes.dtype), codes)
+
+
+def _mask(frames: int, positions: int, rng: np.random.Generator, tube: bool) -> np.ndarray:
+    """Mask a share of the positions, cos(pi/2 u) of them for u uniform in [0, 1) (Chang et al. 2022), at least one: bool [T, P].
+
+    With `tube` the same ones in all frames, so that none can be copied from a frame that was masked elsewhere (Tong et al. 2022).
+    """
+    count = 1 if tube else frames
+    shares = np.cos(np.pi / 2 * rng.random((count, 1)))
+    ranks = rng.random((count, positions)).argsort(axis=1).argsort(axis=1)
+    masked = ranks < np.maximum(1, np.ceil(shares * positions))
+    return np.broadcast_to(masked, (frames, positions))
+
+
+def join(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Samples -> a micro-batch.
+
+    Returns:
+        "codes" int64 [F, h, w] and "lengths" as `pack_codes` has them; "context" int64 [F, h, w] or None; "masked" bool [F, P] or None;
+        "starts", "last_given" (or None), "captions": lists of B.
+    """
+    batch: dict[str, Any] = pack_codes([one.codes for one in samples])
+    context, masked = [one.context for one in samples], [one.masked for one in samples]
+    batch["context"] = None if context[0] is None else pack_codes(context)["codes"]  # type: ignore[arg-type]
+    batch["masked"] = None if masked[0] is None else torch.from_numpy(np.concatenate(masked))  # type: ignore[arg-type]
+    batch["starts"] = [one.start for one in samples]
+    # Also where it is False for all: at ZeRO stage 3 the ranks must call the same layers.
+    batch["last_given"] = None if samples[0].last_given is None else [one.last_given for one in samples]
+    batch["captions"] = [one.caption for one in samples]
+    return batch
