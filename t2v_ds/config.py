@@ -343,8 +343,8 @@ class TransformerConfig:
     mlp_ratio: float = 2.67  # hidden units of the gated MLP, in widths
     dropout: float = 0.0
     max_frames: int = 40
-    decoding: str = "token"  # "token": one position after another; "frame": a frame in a few passes, masked positions first guessed all at once
-    attention: str = "full"  # "full"; "factorised": layers within the frame and layers along time take turns; "window": the last window_frames
+    decoding: str = "token"  # "token": one position after another; "frame": whole frames, each in a few passes
+    attention: str = "full"  # "full"; "window": the last frames; "factorised": layers within the frame and along time take turns
     window_frames: int = 4  # that attention "window" sees, the frame itself included
     conditioning: str = "prefix"  # "prefix": words stand before the frames; "cross": every layer looks at the words apart
     group: int = 1  # each position carries group x group codes
@@ -384,7 +384,8 @@ class TransformerConfig:
         require(self.width % self.heads == 0, "model.heads", self.heads, f"a divisor of width ({self.width})")
         require(self.width // self.heads % 2 == 0, "model.heads", self.heads, f"one that leaves an even width a head (width {self.width})")
         self.kv_heads = self.kv_heads or self.heads
-        require(self.kv_heads >= 1 and self.heads % self.kv_heads == 0, "model.kv_heads", self.kv_heads, f"a divisor of heads ({self.heads})")
+        shared = self.kv_heads >= 1 and self.heads % self.kv_heads == 0
+        require(shared, "model.kv_heads", self.kv_heads, f"a divisor of heads ({self.heads})")
         require(self.layers >= 1, "model.layers", self.layers, ">= 1")
         require(self.mlp_ratio > 0, "model.mlp_ratio", self.mlp_ratio, "> 0")
 
@@ -471,7 +472,7 @@ class SamplingConfig:
     top_k: int = 0  # 0: all codes
     top_p: float = 0.9  # 1: all codes
     guidance: float = 1.5  # classifier-free guidance scale; 1: off
-    guidance_schedule: str = "constant"  # "frames": falls from `guidance` at the first frame to 1 at the last; "passes": rises to it within each
+    guidance_schedule: str = "constant"  # "frames": falls to 1 at the last frame; "passes": rises from 1 within each frame
     frames: int = 0  # exact number of frames; 0: until the model ends the clip
     passes: int = 8  # decoding "frame": forward passes a frame
     unmask: str = "random"  # decoding "frame": which positions a pass keeps: "random" ones, or those of which the model is most "confident"

@@ -74,8 +74,8 @@ def attend_frames(kind: str, frames: QKV, words: QKV, layout: Layout, window: in
 def _causal(frames: QKV, words: QKV, layout: Layout) -> Tensor:
     def compute(group: Group, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [n, T, P, heads, D]
         # The words' queries are there for the causal mask to have its corner; what they see is computed elsewhere.
-        whole = [torch.cat([w[group.clips], x.flatten(1, 2)], dim=1) for w, x in zip(words, (q, k, v), strict=True)]
-        return attend(*whole, causal=True)[:, layout.words :].unflatten(1, q.shape[1:3])
+        whole = QKV(*(torch.cat([w[group.clips], x.flatten(1, 2)], dim=1) for w, x in zip(words, (q, k, v), strict=True)))
+        return attend(whole.q, whole.k, whole.v, causal=True)[:, layout.words :].unflatten(1, q.shape[1:3])
 
     return layout.per_group(compute, *(x[0] for x in frames))[None]
 

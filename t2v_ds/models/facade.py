@@ -200,7 +200,7 @@ class Generator:
             last_frame: uint8 [H, W, 3] with which every clip ends; of models trained with last_frame_share.
 
         Raises:
-            ConfigError: an empty prompt, an unknown setting, more frames than the model knows, or an ending that it was not trained to reach.
+            ConfigError: an empty prompt, an unknown setting, more frames than the model knows, or an ending that it cannot reach.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         for number, prompt in enumerate(prompts):

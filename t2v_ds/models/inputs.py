@@ -138,6 +138,6 @@ class Inputs(nn.Module):
         if goals is None:
             return torch.zeros((), device=where.clip.device)
         rows = self.rows(goals.groups, where)
-        near = self._convolve(self.goal, rows if self.margin else rows) * goals.given[:, None, None, None]  # [B, rows, side, width]
+        near = self._convolve(self.goal, rows) * goals.given[:, None, None, None]  # [B, rows, side, width]
         left = (goals.lengths[where.clip] - 1 - where.number).clamp_min(0)
         return near[where.clip] + (self.remaining(left) * goals.given[where.clip, None])[:, None, None]

@@ -45,7 +45,7 @@ class Layout:
             return torch.tensor(values, dtype=torch.long, device=device)
 
         self.clip = tensor([clip for clip, length in enumerate(self.lengths) for _ in range(length)])  # [F]
-        self.number = tensor([number for length in self.lengths for number in range(length)])  # [F]: of a frame in what is given of its clip
+        self.number = tensor([number for length in self.lengths for number in range(length)])  # [F]: in what is given of its clip
         self.groups = []
         for length in sorted(set(self.lengths) - {0}):
             clips = [clip for clip, own in enumerate(self.lengths) if own == length]

@@ -89,7 +89,7 @@ class States(Protocol):
         ...
 
     def last(self, frames: list[Tensor]) -> Tensor:
-        """States [B, P, width] of the last of `frames`; called once for each frame, in order, where its positions were not drawn one by one."""
+        """States [B, P, width] of the last of `frames`; called for each frame in order, unless its positions were drawn one by one."""
         ...
 
 

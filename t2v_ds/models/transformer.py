@@ -47,7 +47,8 @@ class VideoTransformer(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.config, self.parallel = config, None  # type: tuple[TransformerConfig, SequenceParallel | None]
+        self.config = config
+        self.parallel: SequenceParallel | None = None
         width = config.width
         self.inputs = Inputs(config)
         self.word = nn.Linear(config.text_width, width)
@@ -142,8 +143,8 @@ class VideoTransformer(nn.Module):
         row = torch.arange(where.first, where.end, device=device)[:, None].expand(shape).flatten()
         column = torch.arange(side, device=device).expand(shape).flatten()
         before = torch.zeros(words, dtype=torch.long, device=device)
-        axes = (torch.cat([before, *[axis] * streams]) for axis in (time, row, column))
-        return rotary_turns(*axes, self.config.width // self.config.heads)
+        time, row, column = (torch.cat([before, *[axis] * streams]) for axis in (time, row, column))
+        return rotary_turns(time, row, column, self.config.width // self.config.heads)
 
     def start_caches(self, words: Tensor) -> list[LayerCache]:
         """A cache a layer, which holds the words [B, W, width] if the layers see them as a prefix."""
@@ -162,8 +163,8 @@ class VideoTransformer(nn.Module):
         turns = None
         if self.config.rotary:
             at = torch.arange(position, position + n, device=x.device)
-            axes = (axis.repeat(b) for axis in (torch.full_like(at, frame), at // self.config.side, at % self.config.side))
-            turns = rotary_turns(*axes, self.config.width // self.config.heads)
+            row, column = (at // self.config.side).repeat(b), (at % self.config.side).repeat(b)
+            turns = rotary_turns(torch.full_like(row, frame), row, column, self.config.width // self.config.heads)
         return self.states(x.flatten(0, 1), Context(layout, turns, words, None, caches, frame, position)).view_as(x)
 
     # -- training --------------------------------------------------------------------------------------------------

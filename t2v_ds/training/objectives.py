@@ -150,9 +150,8 @@ class TransformerObjective(Objective):
         with engine.full_parameters():  # all ranks take part; rank 0 draws
             if engine.collectives.rank == 0 and self.prompts:
                 text, mask = (one.to(engine.device) for one in self.text.encode(self.prompts))
-                limits = {"min_frames": self.clips.min_frames, "max_frames": self.clips.max_frames}
                 with engine.autocast():
-                    drawn = sample_codes(self.model, text, mask, SamplingConfig(), **limits)
+                    drawn = sample_codes(self.model, text, mask, SamplingConfig(), self.clips.min_frames, self.clips.max_frames)
                 for prompt, codes in zip(self.prompts, drawn, strict=True):
                     frames = self.tokenizer[0].decode(codes.cpu().numpy())
                     monitor.clip(f"generated/{prompt}", encode_gif(frames, [self.clips.frame_duration_ms] * len(frames)), step)

@@ -31,10 +31,9 @@ def dense_mask(kind: str, lengths: list[int], words: int, streams: int, window: 
             else:
                 near = t - u < {"full": 10**6, "window": window, "spatial": 1, "temporal": 10**6}[kind]
                 place = r == p if kind == "temporal" else True
-                if streams == 1:
-                    time = u < t or (u == t and r <= p)
-                else:  # frames before as they are, the own one of the own stream
-                    time = (u < t and other_stream == 0) or (u == t and other_stream == stream)
+                causal = u < t or (u == t and r <= p)
+                by_frame = (u < t and other_stream == 0) or (u == t and other_stream == stream)  # the own frame of the own stream
+                time = causal if streams == 1 else by_frame
                 mask[i, j] = near and place and time
     return mask
 

@@ -138,7 +138,7 @@ def test_the_loss_is_the_mean_likelihood_of_what_is_told(decoding: str) -> None:
     model = make(decoding=decoding)
     lengths, codes, (text, mask) = [3, 2], codes_of(5), captions(2)
     masked = some_masked(lengths, 4) if decoding == "frame" else None
-    states, layout = states_of(model, codes, lengths, text, mask, masked)
+    states, _ = states_of(model, codes, lengths, text, mask, masked)
     groups = model.to_groups(codes)
     logits = logits_of(model, states[-1], groups)
     each = torch.nn.functional.cross_entropy(logits.flatten(0, 2), groups.flatten(), reduction="none").view(groups.shape)
@@ -191,8 +191,8 @@ def test_context_is_fed_and_codes_are_told() -> None:
 )
 def test_it_learns_a_few_clips_by_heart(settings: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    values = {"width": 32, "layers": 2, "heads": 2, "group": 2, "max_frames": LONGEST, "grid_size": 4, "codebook_size": K, "text_width": TEXT}
-    model = VideoTransformer(TransformerConfig(**{**values, **settings}))
+    sizes = {"width": 32, "layers": 2, "heads": 2, "group": 2, "max_frames": LONGEST}
+    model = VideoTransformer(TransformerConfig(**{**sizes, **settings}, grid_size=4, codebook_size=K, text_width=TEXT))
     model.initialise_codes(torch.randn(K, 3))
     lengths, codes, (text, mask) = [4, 2, 3], codes_of(9), captions(3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -211,7 +211,9 @@ def test_it_learns_a_few_clips_by_heart(settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("decoding", ["token", "frame"])
-@pytest.mark.parametrize("saving", [{"activation_checkpointing": True}, {"loss_tile": 3}, {"activation_checkpointing": True, "loss_tile": 5}])
+@pytest.mark.parametrize(
+    "saving", [{"activation_checkpointing": True}, {"loss_tile": 3}, {"activation_checkpointing": True, "loss_tile": 5}]
+)
 def test_checkpointing_and_tiles_change_nothing(saving: dict[str, Any], decoding: str) -> None:
     plain = make(dropout=0.3, decoding=decoding, attention="factorised")
     other = make(dropout=0.3, decoding=decoding, attention="factorised", **saving)
