@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from t2v_ds.config import TransformerConfig
-from t2v_ds.models.blocks import Block, Context, RMSNorm, rotary_turns
+from t2v_ds.models.blocks import Block, Context, RMSNorm, SequenceParallel, rotary_turns
 from t2v_ds.models.cache import LayerCache
 from t2v_ds.models.head import GroupHead
 from t2v_ds.models.inputs import Goals, Inputs, Where
