@@ -208,6 +208,8 @@ class TrainConfig:
     weight_decay: float = 0.01
     gradient_clip: float = 1.0  # largest gradient norm; 0: no clipping
     precision: str = "bf16"  # "bf16" (autocast, fp32 weights) or "fp32"
+    sequence_parallel: int = 1  # ranks that share each clip, with equal parts of every frame's rows (the transformer only)
+    compile: bool = False  # torch.compile the model: a slow first step, then faster ones on GPUs
     ds_config: str = "zero1"  # a name in ds_configs/ (zero0 .. zero3, zero3_offload) or the path of a DeepSpeed JSON file
     save_every: int = 500  # optimizer steps
     keep_checkpoints: int = 2
@@ -230,6 +232,7 @@ class TrainConfig:
         require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "train.betas", self.betas, "two numbers in [0, 1)")
         require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, ">= 0")
         require(self.gradient_clip >= 0, "train.gradient_clip", self.gradient_clip, ">= 0")
+        require(self.sequence_parallel >= 1, "train.sequence_parallel", self.sequence_parallel, ">= 1")
         require(self.precision in ("bf16", "fp32"), "train.precision", self.precision, "'bf16' or 'fp32'")
         require(self.save_every >= 1, "train.save_every", self.save_every, ">= 1")
         require(self.keep_checkpoints >= 1, "train.keep_checkpoints", self.keep_checkpoints, ">= 1")

@@ -35,11 +35,16 @@ OWNED_ELSEWHERE = {
 
 
 def accumulation_steps(train: TrainConfig, world_size: int) -> tuple[int, int]:
-    """Return (clips a forward pass on one rank, forward passes an optimizer step).
+    """Return (clips a forward pass on one rank, forward passes an optimizer step). Ranks that share clips count as one.
 
     Raises:
         ConfigError: `train.batch` is not micro_batch x ranks x a whole number; names the nearest batches that are.
     """
+    if world_size % train.sequence_parallel:
+        raise ConfigError(
+            f"setting 'train.sequence_parallel' is {train.sequence_parallel}; allowed: a divisor of the number of ranks ({world_size})"
+        )
+    world_size //= train.sequence_parallel
     unit = max(1, train.micro_batch) * world_size
     if train.batch % unit:
         lower = train.batch // unit * unit
@@ -81,7 +86,7 @@ def complete_ds_config(train: TrainConfig, world_size: int) -> dict[str, Any]:
     data = resolve_ds_config(train.ds_config)
     micro, accumulation = accumulation_steps(train, world_size)
     owned: dict[str, Any] = {
-        "train_batch_size": train.batch,
+        "train_batch_size": train.batch * train.sequence_parallel,  # DeepSpeed counts ranks, and ranks that share a clip count it twice
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": train.gradient_clip,

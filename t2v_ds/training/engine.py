@@ -86,6 +86,8 @@ class Engine:
         config = json.loads(json.dumps(config))  # DeepSpeed changes what it is given
         self._keep_whole_in_steps(deepspeed)
         native, *_ = deepspeed.initialize(model=self.objective, optimizer=optimizer, config=config)
+        if self.train_config.compile:
+            native.compile()
         return native
 
     def _keep_whole_in_steps(self, deepspeed: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from t2v_ds.config import TransformerRunConfig, VQVAERunConfig
+from t2v_ds.config import TransformerRunConfig, VQVAERunConfig, require
 from t2v_ds.config_loader import to_dict
 from t2v_ds.data.collate import frames_batch
 from t2v_ds.data.dataset import Buffer, ShardDataset
@@ -29,6 +29,7 @@ from t2v_ds.training.distributed import connect
 from t2v_ds.training.ds_config import accumulation_steps
 from t2v_ds.training.loop import seed_generators, total_steps, train
 from t2v_ds.training.objectives import Clips, TransformerObjective, VQVAEObjective
+from t2v_ds.training.sequence_parallel import Ulysses
 from t2v_ds.training.variation import join, vary
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,8 @@ def train_vqvae(config: VQVAERunConfig) -> dict[str, float]:
         UserError: see `loop.train`, `ShardDataset` and `VQVAELosses`.
     """
     _require_folders(config.data, config.out)
+    shared = config.train.sequence_parallel
+    require(shared == 1, "train.sequence_parallel", shared, "1 for the tokenizer, whose frames are small")
     collectives = connect()
     with ShardDataset(_opened(config), "raw", config.chunk) as dataset:
         if dataset.manifest.image_size != config.model.image_size:
@@ -162,9 +165,12 @@ def train_transformer(config: TransformerRunConfig) -> dict[str, float]:
         prompts = config.sample_prompts or tuple(dataset.caption(i) for i in range(min(PROMPTS, len(dataset))))
         objective = TransformerObjective(config, tokenizer, text, _clips(dataset), prompts)
         micro, _ = accumulation_steps(config.train, collectives.world_size)
+        shared = config.train.sequence_parallel  # ranks, one after another, that are handed the same clips
+        if shared > 1:
+            objective.model.parallel = Ulysses(collectives, shared, config.model)
         stream = ClipStream(
-            dataset, config.train.batch, collectives.rank, collectives.world_size, config.seed, config.train.data_threads,
-            _Vary(config), micro, _order(dataset, config),
+            dataset, config.train.batch, collectives.rank // shared, collectives.world_size // shared, config.seed,
+            config.train.data_threads, _Vary(config), micro, _order(dataset, config),
         )  # fmt: skip
 
         def collate(batch: dict[str, Any]) -> dict[str, Any]:
