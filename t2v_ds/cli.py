@@ -177,7 +177,7 @@ def _generate(config: SamplingConfig, flags: argparse.Namespace) -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = load_generator(flags.model, flags.tokenizer or None, device)
-    for path in generate_files(generator, prompts, flags.out, config, flags.sheet or None):
+    for path in generate_files(generator, prompts, flags.out, config, flags.sheet or None, flags.begin, flags.end):
         print(path)
 
 
@@ -334,6 +334,8 @@ def _parser(name: str, verb: Verb) -> _Parser:
         parser.add_argument("--prompt", action="append", metavar="TEXT", help="what to draw; may be given several times")
         parser.add_argument("--out", default="clip.gif", metavar="FILE", help=".gif or .mp4 (default: clip.gif)")
         parser.add_argument("--sheet", metavar="FILE", help="also write a contact sheet (.png): a row of frames a clip")
+        parser.add_argument("--begin", metavar="GIF", help="begin with the frames of this one (continuation)")
+        parser.add_argument("--end", metavar="GIF", help="end on this one's last frame (of models trained with last_frame_share)")
         parser.add_argument("--tokenizer", metavar="DIR", help="another folder of the tokenizer that the model was trained with")
     return parser
 

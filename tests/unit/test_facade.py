@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -241,3 +242,32 @@ def test_both_load_where_deepspeed_is_not_installed(folders: tuple[Path, Path]) 
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "drawn"
+
+
+def test_clips_begin_and_end_as_given(tmp_path: Path) -> None:
+    folder = tmp_path / "generator"
+    config = dataclasses.replace(TRANSFORMER, last_frame=True, decoding="frame")
+    tokenizer_id = export_tokenizer(folder / "tokenizer", VQ, vqvae().state_dict())
+    export_model(
+        folder,
+        generator_config(config, TEXT, build_text_encoder(TEXT).identity(), tokenizer_id, 2, 5, 70),
+        VideoTransformer(config).state_dict(),
+    )
+    generator = t2v_ds.load_generator(folder)
+    first, last = clip(2), clip(3)[-1]
+    [drawn] = generator.generate("a circle", first_frames=first, last_frame=last, frames=5)
+    shown = generator.tokenizer.decode(generator.tokenizer.encode(np.concatenate([first, last[None]])))
+    assert np.array_equal(drawn[[0, 1, 4]], shown)
+    assert len(drawn) == 5
+    [looped] = generator.generate("a circle", loop=True, frames=4)
+    assert np.array_equal(looped[0], looped[-1])
+    with pytest.raises(ConfigError, match="5 first frames are given, and the clip has 5"):
+        generator.generate("a circle", first_frames=clip(5))
+
+
+def test_a_model_that_was_not_trained_to_end_on_a_frame_says_so(folders: tuple[Path, Path]) -> None:
+    generator = t2v_ds.load_generator(folders[1])
+    with pytest.raises(ConfigError, match="'loop' is true, but this model was not trained to end on a frame"):
+        generator.generate("a circle", loop=True)
+    with pytest.raises(ConfigError, match="a last frame is given, but"):
+        generator.generate("a circle", last_frame=clip(1)[0])

@@ -1,0 +1,81 @@
+"""What a training step makes of a clip: shares are as set, everything comes from the sample's own random numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from t2v_ds.config import TransformerConfig, TransformerRunConfig
+from t2v_ds.training.variation import Sample, join, vary
+
+K, SIDE = 50, 4
+
+
+def config(decoding: str = "frame", **settings: Any) -> TransformerRunConfig:
+    model = TransformerConfig(grid_size=SIDE, codebook_size=K, decoding=decoding, last_frame=settings.get("last_frame_share", 0) > 0)
+    return TransformerRunConfig(model=model, **settings)
+
+
+def codes(frames: int = 10) -> np.ndarray:
+    return np.arange(frames * SIDE * SIDE, dtype=np.uint16).reshape(frames, SIDE, SIDE) % K
+
+
+def samples(count: int = 400, **settings: Any) -> list[Sample]:
+    return [vary(codes(), "a caption", np.random.default_rng(i), config(**settings)) for i in range(count)]
+
+
+def test_the_same_numbers_give_the_same_sample() -> None:
+    settings = config(context_noise=0.5, excerpt_share=0.5, last_frame_share=0.5)
+    one, two, other = (vary(codes(), "a", np.random.default_rng(seed), settings) for seed in (1, 1, 2))
+    assert np.array_equal(one.masked, two.masked) and np.array_equal(one.context, two.context)  # type: ignore[arg-type]
+    assert not np.array_equal(one.context, other.context) or one.start != other.start  # type: ignore[arg-type]
+
+
+def test_captions_excerpts_and_last_frames_come_as_often_as_set() -> None:
+    found = samples(caption_dropout=0.3, excerpt_share=0.4, excerpt_frames=3, last_frame_share=0.5)
+    assert np.mean([one.caption == "" for one in found]) == pytest.approx(0.3, abs=0.08)
+    excerpts = [one for one in found if one.start >= 0]
+    assert len(excerpts) / len(found) == pytest.approx(0.4, abs=0.08)
+    for one in excerpts:
+        assert np.array_equal(one.codes, codes()[one.start : one.start + 3])
+        assert one.last_given is False
+    assert {one.start for one in excerpts} == set(range(8))
+    assert np.mean([one.last_given for one in found if one.start < 0]) == pytest.approx(0.5, abs=0.1)
+    assert samples(1)[0].last_given is None
+
+
+def test_masks_follow_the_cosine_and_a_tube_is_the_same_in_all_frames() -> None:
+    for mask in ("tube", "frame"):
+        masks = [one.masked for one in samples(mask=mask)]
+        assert all(m is not None and m.shape == (10, SIDE * SIDE) and m.any(1).all() for m in masks)
+        assert all(bool((m == m[0]).all()) == (mask == "tube") for m in masks if m is not None)
+        shares = np.concatenate([m.mean(1)[: 1 if mask == "tube" else None] for m in masks if m is not None])
+        assert np.mean(shares) == pytest.approx(2 / np.pi, abs=0.05)  # the mean of cos(pi/2 u), and up to 1/32 for rounding up
+        assert shares.max() == 1  # the first pass of drawing sees nothing of the frame
+    assert samples(1, decoding="token")[0].masked is None
+
+
+def test_noise_is_fed_and_never_told() -> None:
+    assert samples(1)[0].context is None
+    wrong = []
+    for one in samples(context_noise=0.4):
+        assert np.array_equal(one.codes, codes())
+        assert one.context is not None and one.context.dtype == np.uint16 and int(one.context.max()) < K
+        wrong.append(float((one.context != one.codes).mean()))
+    assert max(wrong) < 0.5
+    assert np.mean(wrong) == pytest.approx(0.2 * (1 - 1 / K), abs=0.03)
+
+
+def test_join_puts_clips_one_behind_the_other() -> None:
+    settings = config(excerpt_share=0.5, context_noise=0.1, last_frame_share=0.2)
+    parts = [vary(codes(frames), "a", np.random.default_rng(frames), settings) for frames in (5, 9, 7)]
+    batch = join(parts)
+    assert batch["lengths"] == [len(one.codes) for one in parts]
+    assert batch["codes"].shape == batch["context"].shape == (sum(batch["lengths"]), SIDE, SIDE)
+    assert batch["masked"].shape == (sum(batch["lengths"]), SIDE * SIDE)
+    assert batch["starts"] == [one.start for one in parts]
+    assert len(batch["last_given"]) == 3
+    plain = join([vary(codes(), "a", np.random.default_rng(0), config("token"))])
+    assert plain["context"] is None and plain["masked"] is None and plain["last_given"] is None
