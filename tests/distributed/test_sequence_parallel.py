@@ -29,6 +29,7 @@ def test_losses_and_gradients_are_those_of_one_rank(results: list[dict[str, Any]
     for name, gradient in alone["gradients"].items():
         expected = torch.tensor(gradient)
         tolerance = 1e-5 * max(1.0, float(expected.abs().max()))
-        torch.testing.assert_close(torch.tensor(shared["gradients"][name]), expected, rtol=1e-4, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        found = torch.tensor(shared["gradients"][name])
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
     moved = [name for name, gradient in alone["gradients"].items() if any(gradient)]
     assert len(moved) > 0.9 * len(alone["gradients"])
