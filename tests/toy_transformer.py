@@ -80,7 +80,7 @@ class Recomputed:
         clips = len(condition.text)
         every = masked
         if model.config.decoding == "frame":
-            every = torch.zeros(clips, count, model.config.positions, dtype=torch.bool)
+            every = torch.zeros(clips, count, model.config.positions, dtype=torch.bool, device=codes.device)
             every[:, -1] = False if masked is None else masked
             every = every.flatten(0, 1)
         model_goals = model._goals

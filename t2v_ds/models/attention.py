@@ -24,8 +24,7 @@ from torch.nn import functional as F
 
 from t2v_ds.models.layout import Group, Layout
 
-
-SHORT = 128 * 64  # queries times keys up to which, on the CPU, plain products are faster than torch's fused kernel (backward: 3 to 12 times)
+SHORT = 128 * 64  # queries times keys up to which plain products beat torch's fused kernel on the CPU (its backward: 3 to 12 times)
 
 
 class QKV(NamedTuple):
@@ -39,7 +38,7 @@ class QKV(NamedTuple):
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """Softmax attention: q [n, L, heads, D], k and v [n, M, kv heads, D] -> [n, L, heads, D]; `mask`: bool [L, M], True: is seen."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if q.device.type == "cpu" and 1 < q.shape[2] and q.shape[2] * k.shape[2] <= SHORT:
+    if q.device.type == "cpu" and q.shape[2] > 1 and q.shape[2] * k.shape[2] <= SHORT:
         if causal:
             mask = causal_tail(q.shape[2], k.shape[2], q.device)
         return _attend_short(q, k, v, mask).transpose(1, 2)
