@@ -310,14 +310,20 @@ class MergeConfig:
 class TextConfig:
     """The frozen text encoder."""
 
-    encoder: str = "hashing"  # "hashing" (built in, no download), or a Hugging Face encoder by name or path
+    encoder: str = "hashing"  # "hashing" (built in), "minilm" (by pip), or a Hugging Face name or folder; empty: as stored with the codes
     tokens: int = 16  # longest caption in tokens; longer ones are cut, and the number cut is logged
     width: int = 128  # of the hashing encoder; ignored for others
 
     def __post_init__(self) -> None:
-        require(bool(self.encoder), "text.encoder", self.encoder, "'hashing', a Hugging Face name or a folder")
         require(1 <= self.tokens <= 1024, "text.tokens", self.tokens, "1 to 1024")
         require(1 <= self.width <= 8192, "text.width", self.width, "1 to 8192")
+
+
+@dataclass
+class StoredTextConfig(TextConfig):
+    """The text encoder whose vectors of the captions lie in token shards."""
+
+    encoder: str = ""  # whose vectors are stored with the codes: "hashing", "minilm", or a Hugging Face name or folder; empty: none are
 
 
 @dataclass
@@ -387,6 +393,7 @@ class TokenizeConfig:
     part: str = ""  # "2/10": only every tenth shard, from the second on, beside nine others; whichever ends last writes the manifest
     batch_frames: int = 64  # frames encoded at once
     precision: str = "fp32"  # "bf16" or "fp32"
+    text: StoredTextConfig = field(default_factory=StoredTextConfig)
 
     def __post_init__(self) -> None:
         parse_part(self.part)
@@ -420,6 +427,7 @@ class IndexConfig:
 
     data: str = ""
     tokenizer: str = ""  # of codes: the folder of the tokenizer that made them
+    text: StoredTextConfig = field(default_factory=StoredTextConfig)
     max_bad_share: float = 0.01  # of the clips, and of the bytes; more is an error
     accept_cut: bool = False  # go on with what is left of shards that end early, though nobody knows how many clips are lost
     again: bool = False  # index a folder that has a manifest, and leave out the clips whose checksums differ
