@@ -73,7 +73,7 @@ def index_folder(config: IndexConfig, codes: Codes | None = None, text: StoredTe
     paths = [folder / shard.name for shard in before.shards] if before else _tars(folder)
     kind = before.kind if before else _kind_of(paths)
     if before and kind == "tokens":
-        codes, text = _as_before(before, text)
+        codes, text = _as_before(before, text, folder)
     if kind == "raw" and text:
         raise ConfigError(f"setting 'text.encoder' is given, but {folder} holds frames; allowed: with codes")
     if kind == "tokens" and codes is None:
@@ -98,10 +98,11 @@ def index_folder(config: IndexConfig, codes: Codes | None = None, text: StoredTe
     return Indexed(manifest, counts)
 
 
-def _as_before(before: Manifest, text: StoredText | None) -> tuple[Codes, StoredText | None]:
+def _as_before(before: Manifest, text: StoredText | None, folder: Path) -> tuple[Codes, StoredText | None]:
     """What a folder of ours holds already, whatever is asked for; text vectors of another encoder cannot be."""
     if text and text.identity != before.text_identity:
-        raise ConfigError(f"the folder holds text vectors of {before.text_identity or 'no encoder'}, not of {text.identity}: leave text.* out")
+        found = before.text_identity or "no encoder"
+        raise ConfigError(f"{folder} holds text vectors of {found}, not of {text.identity}: leave text.encoder out")
     return Codes(before.tokenizer_id, before.codebook_size, before.grid_size, before.image_size), before.stored_text
 
 

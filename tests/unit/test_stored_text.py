@@ -260,7 +260,7 @@ def test_the_command_line_takes_vectors_in(raw: Path, tmp_path: Path) -> None:
     assert (found.shards, found.stored_text, found.text_truncated) == (wanted.shards, STORED, CUT)
     cli.run([*index, "again=true", *text])
     assert Manifest.load(theirs) == found
-    with pytest.raises(ConfigError, match=r"the folder holds text vectors of hashing-4x8-\w+, not of hashing-4x9-\w+: leave"):
+    with pytest.raises(ConfigError, match=r"theirs holds text vectors of hashing-4x8-\w+, not of hashing-4x9-\w+: leave"):
         cli.run([*index, "again=true", *text, "text.width=9"])
     for path in raw.glob("raw/*.tar"):
         (tmp_path / "frames").mkdir(exist_ok=True)
