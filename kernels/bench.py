@@ -106,7 +106,7 @@ def faiss(device: str) -> Way:
 
 def sklearn(device: str) -> Way:
     """pairwise_distances_argmin."""
-    from sklearn.metrics import pairwise_distances_argmin  # type: ignore[import-not-found]
+    from sklearn.metrics import pairwise_distances_argmin
 
     return lambda x, c: torch.from_numpy(pairwise_distances_argmin(x.numpy(), c.numpy()))
 

@@ -84,18 +84,24 @@ def _prepare(config: PrepareConfig, _: argparse.Namespace) -> None:
 
 
 def _index(config: IndexConfig, _: argparse.Namespace) -> None:
+    from t2v_ds.data.manifest import StoredText
     from t2v_ds.data.validate import QUARANTINE, Codes, index_folder
 
     if not config.data:
         raise ConfigError("--data is not given; name a folder of .tar files")
-    codes = tokenizer = None
+    codes = text = tokenizer = None
     if config.tokenizer:
         from t2v_ds.models.facade import load_tokenizer
 
         tokenizer = load_tokenizer(config.tokenizer)
         model = tokenizer.model.config
         codes = Codes(tokenizer.tokenizer_id, model.quantizer.codebook_size, model.grid_size, model.image_size)
-    indexed = index_folder(config, codes)
+    if config.text.encoder:
+        from t2v_ds.models.text import build_text_encoder
+
+        encoder = build_text_encoder(config.text)
+        text = StoredText(encoder.identity(), config.text, encoder.width)
+    indexed = index_folder(config, codes, text)
     if tokenizer is not None and indexed.manifest.kind == "tokens":
         tokenizer.export_beside(Path(config.data))
     print(f"{config.data}: {indexed.manifest.total_clips} good clips in {len(indexed.manifest.shards)} shards")
@@ -160,6 +166,8 @@ def _tokenize(config: TokenizeConfig, _: argparse.Namespace) -> None:
         print(f"{config.out}: part {config.part} is done; shards of other parts are missing")
         return
     print(f"{config.out}: {manifest.total_clips} clips, {manifest.total_frames} frames, tokenizer {manifest.tokenizer_id}")
+    if stored := manifest.stored_text:
+        print(f"  text vectors of {stored.identity}; {manifest.text_truncated} captions are cut to text.tokens={stored.settings.tokens}")
 
 
 def _generate(config: SamplingConfig, flags: argparse.Namespace) -> None:
@@ -225,7 +233,7 @@ VERBS: dict[str, Verb] = {
         "Checks every clip of the .tar files in a folder and writes the index and manifest that training reads, beside them.\n"
         "A clip is KEY.frames.npy, uint8 [T, S, S, 3], or KEY.codes.npy, uint16 [T, S, S], and KEY.json with \"caption\" (text),\n"
         "\"durations_ms\" (T whole numbers) and \"provenance\" (an object). Bad clips are left out and listed in quarantine.jsonl;\n"
-        "too many are an error.",
+        "too many are an error. text.encoder=NAME: codes also have KEY.text.npy, fp16 [n, width], which that encoder made.",
         "t2v index --data my_tars max_bad_share=0.001",
         IndexConfig,
         (Flag("data", "folder of .tar files"), Flag("tokenizer", "of codes: folder of the tokenizer that made them")),
@@ -264,8 +272,9 @@ VERBS: dict[str, Verb] = {
     ),
     "tokenize": Verb(
         "raw shards + tokenizer -> token shards",
-        "Encodes every clip once, so that training the transformer reads codes and runs no VQ-VAE.",
-        "t2v tokenize --data data/raw --tokenizer runs/tokenizer --out data/tokens",
+        "Encodes every clip once, so that training the transformer reads codes and runs no VQ-VAE; with text.encoder=NAME every caption\n"
+        "as well, so that it runs no text encoder either (t2v train-transformer text.encoder=).",
+        "t2v tokenize --data data/raw --tokenizer runs/tokenizer --out data/tokens text.encoder=hashing text.tokens=32",
         TokenizeConfig,
         (Flag("data", "folder written by t2v prepare"), Flag("tokenizer", "folder written by t2v train-vqvae"), OUT),
         _tokenize,
@@ -342,7 +351,9 @@ def _parser(name: str, verb: Verb) -> _Parser:
 
 def _settings_help(config: type[Any], prefix: str = "  ") -> str:
     """A line a setting: name, default, and the comment that stands behind it in config.py."""
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), flags=re.MULTILINE))
+    comments: dict[str, str] = {}
+    for cls in reversed(config.__mro__[:-1]):  # what a class inherits is described where it is first written
+        comments |= re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), flags=re.MULTILINE)
     hints = typing.get_type_hints(config)
     lines = []
     for field in dataclasses.fields(config):

@@ -313,12 +313,11 @@ class MergeConfig:
 class TextConfig:
     """The frozen text encoder."""
 
-    encoder: str = "hashing"  # "hashing" (built in, no download), or a Hugging Face encoder by name or path
+    encoder: str = "hashing"  # "hashing" (built in), "minilm" (by pip), or a Hugging Face name or folder; empty: as stored with the codes
     tokens: int = 16  # longest caption in tokens; longer ones are cut, and the number cut is logged
     width: int = 128  # of the hashing encoder; ignored for others
 
     def __post_init__(self) -> None:
-        require(bool(self.encoder), "text.encoder", self.encoder, "'hashing', a Hugging Face name or a folder")
         require(1 <= self.tokens <= 1024, "text.tokens", self.tokens, "1 to 1024")
         require(1 <= self.width <= 8192, "text.width", self.width, "1 to 8192")
 
@@ -332,6 +331,13 @@ PRESETS: dict[str, dict[str, float]] = {
     "650m": {"width": 1536, "layers": 24, "heads": 24, "kv_heads": 8},
     "1.3b": {"width": 2048, "layers": 28, "heads": 32, "kv_heads": 8},
 }
+
+
+@dataclass
+class StoredTextConfig(TextConfig):
+    """The text encoder whose vectors of the captions lie in token shards."""
+
+    encoder: str = ""  # whose vectors are stored with the codes: "hashing", "minilm", or a Hugging Face name or folder; empty: none are
 
 
 @dataclass
@@ -460,6 +466,7 @@ class TokenizeConfig:
     part: str = ""  # "2/10": only every tenth shard, from the second on, beside nine others; whichever ends last writes the manifest
     batch_frames: int = 64  # frames encoded at once
     precision: str = "fp32"  # "bf16" or "fp32"
+    text: StoredTextConfig = field(default_factory=StoredTextConfig)
 
     def __post_init__(self) -> None:
         parse_part(self.part)
@@ -500,6 +507,7 @@ class IndexConfig:
 
     data: str = ""
     tokenizer: str = ""  # of codes: the folder of the tokenizer that made them
+    text: StoredTextConfig = field(default_factory=StoredTextConfig)
     max_bad_share: float = 0.01  # of the clips, and of the bytes; more is an error
     accept_cut: bool = False  # go on with what is left of shards that end early, though nobody knows how many clips are lost
     again: bool = False  # index a folder that has a manifest, and leave out the clips whose checksums differ

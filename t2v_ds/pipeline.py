@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from t2v_ds.config import DemoConfig, EvaluateConfig
+from t2v_ds.config import DemoConfig, EvaluateConfig, StoredTextConfig, require
 from t2v_ds.config_loader import to_dict
 from t2v_ds.data.manifest import Manifest
 from t2v_ds.data.moving_shapes import combinations, draw, draw_clip, random_attributes
@@ -64,7 +64,7 @@ def run_demo(config: DemoConfig) -> str:
     """Run every stage of `config`, and return what to tell the user.
 
     Raises:
-        ConfigError: another source than moving-shapes, whose clips alone can be checked against their captions.
+        ConfigError: another source than moving-shapes, whose clips alone can be checked against their captions; or no text encoder.
         UserError: see the stages.
     """
     if config.prepare.source != "moving-shapes":
@@ -73,10 +73,10 @@ def run_demo(config: DemoConfig) -> str:
     out.mkdir(parents=True, exist_ok=True)
     raw, tokenizer, tokens, generator = (str(out / name) for name in ("raw", "tokenizer", "tokens", "generator"))
     clock = Stopwatch(out / "timings.json")
-    replace = dataclasses.replace
+    replace, text = dataclasses.replace, _stored_text(config)
     manifest = clock.time("prepare", lambda: prepare(replace(config.prepare, out=raw)))
     clock.time("train-vqvae", lambda: train_vqvae(replace(config.vqvae, data=raw, out=tokenizer)))
-    clock.time("tokenize", lambda: tokenize(replace(config.tokenize, data=raw, tokenizer=tokenizer, out=tokens)))
+    clock.time("tokenize", lambda: tokenize(replace(config.tokenize, data=raw, tokenizer=tokenizer, out=tokens, text=text)))
     clock.time("train-transformer", lambda: train_transformer(replace(config.transformer, data=tokens, out=generator)))
     results = clock.time("evaluate", lambda: _evaluate(config, manifest, Path(tokenizer), Path(generator), out))
     write_report(out, to_dict(config), clock.seconds, results)
@@ -88,6 +88,13 @@ def run_demo(config: DemoConfig) -> str:
         f"\nnext:  .venv/bin/t2v generate --model {generator} --prompt 'a small blue square moves up' --out x.gif\n"
         f"       .venv/bin/tensorboard --logdir {out}"
     )
+
+
+def _stored_text(config: DemoConfig) -> StoredTextConfig:
+    """The text encoder whose vectors are stored with the codes: the transformer's, unless another is asked for."""
+    text = config.tokenize.text if config.tokenize.text.encoder else StoredTextConfig(**dataclasses.asdict(config.transformer.text))
+    require(bool(text.encoder), "transformer.text.encoder", text.encoder, "an encoder's name, where tokenize.text.encoder is empty as well")
+    return text
 
 
 def _percent(values: dict[str, float]) -> str:

@@ -22,3 +22,15 @@ def pack_codes(clips: Sequence[np.ndarray]) -> dict[str, Any]:
     """
     codes = np.concatenate(list(clips)).astype(np.int64)
     return {"codes": torch.from_numpy(codes), "lengths": [len(clip) for clip in clips]}
+
+
+def pad_text(vectors: np.ndarray, lengths: np.ndarray, tokens: int) -> dict[str, torch.Tensor]:
+    """Text vectors fp16 [n of all clips, width], `lengths` (int64 [B]) of them a clip, as a text encoder gives them.
+
+    Returns:
+        "text": fp32 [B, tokens, width], 0 where there is no token; "mask": bool [B, tokens].
+    """
+    mask = np.arange(tokens) < lengths[:, None]  # [B, tokens]
+    text = np.zeros((*mask.shape, vectors.shape[1]), dtype=np.float32)
+    text[mask] = vectors
+    return {"text": torch.from_numpy(text), "mask": torch.from_numpy(mask)}

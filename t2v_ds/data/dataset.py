@@ -1,7 +1,7 @@
 """A folder of shards -> the arrays and captions of its clips, every byte checked.
 
 folder or URL -> manifest + indexes -> read(i): bytes, checksum -> arrays and caption
-                                    -> read_codes, read_frames: many clips or single frames at once, into one buffer
+                                    -> read_codes, read_text, read_frames: many clips or single frames at once, into one buffer
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import Any, NoReturn, Self
 import numpy as np
 
 from t2v_ds.data.compression import decompress
-from t2v_ds.data.manifest import MANIFEST, STAGES, Manifest, ShardInfo, digest_of
+from t2v_ds.data.manifest import MANIFEST, STAGES, Manifest, ShardInfo, StoredText, digest_of
 from t2v_ds.data.remote import CachedFolder, LocalFolder
-from t2v_ds.data.shards import ARRAYS, DTYPES, HEAD, check_size, index_path, npy_head, read_index
+from t2v_ds.data.shards import ARRAYS, DTYPES, HEAD, TEXT, TEXT_DTYPE, check_size, index_path, npy_head, read_index
 from t2v_ds.errors import DataError
 from t2v_ds.kernels.clips import DAMAGED, FILE_ENDS, OTHER_HEAD, Files, Pieces
 
@@ -49,6 +49,13 @@ class Buffer:
 
     def __init__(self) -> None:
         self._memory = np.empty(0, dtype=np.uint8)
+        self._beside: Buffer | None = None
+
+    @property
+    def beside(self) -> Buffer:
+        """Another one, that is used again together with this one."""
+        self._beside = self._beside or Buffer()
+        return self._beside
 
     def take(self, size: int) -> np.ndarray:
         """`size` bytes, uint8; what they held before is overwritten."""
@@ -70,6 +77,8 @@ class ShardDataset:
         shards: the ones opened, in order.
         shard_ranges: for each of them, the range of its clips' numbers here.
         lengths: frames of each clip, int64 [N].
+        stored_text: what the text vectors are that lie beside the codes; None: there are none.
+        text_lengths: text vectors of each clip, one a token of its caption, int64 [N].
         frame_shape: of one frame: (S, S, 3), or (h, w) of codes.
 
     Raises:
@@ -92,6 +101,7 @@ class ShardDataset:
         members: list[list[list[int]]] = []  # a clip's [[offset, size, crc32] of the array, [...] of the text]
         self._frame_crcs: list[str] = []  # as `frame_crcs` wrote them; empty in shards that others wrote
         self._packed: list[list[int]] = []  # bytes of each frame where they are compressed; else empty
+        vectors: list[list[int]] = []  # a clip's [offset, size, crc32] of what is stored of its caption
         compressed: list[bool] = []
         lengths: list[int] = []
         for number, shard in enumerate(self.shards):
@@ -103,6 +113,7 @@ class ShardDataset:
                 lengths.append(clip["frames"])
                 compressed.append(f"{ARRAYS[kind]}.npy.zst" in clip["members"])
                 members.append([clip["members"][f"{ARRAYS[kind]}.npy{'.zst' * compressed[-1]}"], clip["members"]["json"]])
+                vectors.append(clip["members"].get(TEXT, [0, 0, 0]))
                 self._frame_crcs.append(clip.get("frame_crcs", ""))
                 self._packed.append(clip.get("frame_bytes", []))
             self.shard_ranges.append(range(first, len(self._keys)))
@@ -125,6 +136,9 @@ class ShardDataset:
             whole = self._whole
             head_of = self.lengths.astype(np.int32)
             self._arrays = Pieces(self._files, whole.files, whole.offsets, whole.sizes, whole.crcs, head_of, heads)
+        self.text_lengths = np.zeros(len(lengths), dtype=np.int64)
+        self.stored_text = self.manifest.stored_text
+        self._vectors = self._text_pieces(self.stored_text, np.array(vectors, dtype=np.int64).reshape(-1, 3)) if self.stored_text else None
         self._readers = np.zeros(len(self.shards), dtype=np.int64)  # reads under way in a shard, where not all stay open
         self._last_use = np.zeros(len(self.shards), dtype=np.int64)
         self._reads, self._closing = 0, False  # reads under way in all; whether to close when they have ended
@@ -139,6 +153,19 @@ class ShardDataset:
     def _columns(self, table: np.ndarray) -> tuple[np.ndarray, ...]:
         """The columns of `Pieces` from [offset, size, crc32] of a piece a clip."""
         return (self._shards_of.astype(np.int32), *(table[:, c].astype(dtype) for c, dtype in enumerate((np.int64, np.int64, np.uint32))))
+
+    def _text_pieces(self, stored: StoredText, places: np.ndarray) -> Pieces:
+        """Text vectors without their headers, which must be these, from [offset, size, crc32] of a member a clip; sets `text_lengths`."""
+        tokens, width = stored.settings.tokens, stored.width
+        self.text_lengths, rest = np.divmod(places[:, 1] - HEAD, width * TEXT_DTYPE.itemsize)
+        for i in ((rest != 0) | (self.text_lengths < 0) | (self.text_lengths > tokens)).nonzero()[0]:
+            raise DataError(
+                f"clip {self._keys[i]} of {self.folder} has no text vectors of {width} numbers for up to {tokens} tokens, which {MANIFEST} "
+                f"promises: restore the folder, or make it again with {STAGES[self.kind]}"
+            )
+        heads = b"".join(npy_head(TEXT_DTYPE, (rows, width)) for rows in range(tokens + 1))
+        table = np.frombuffer(heads, dtype=np.uint8).reshape(tokens + 1, HEAD)
+        return Pieces(self._files, *self._columns(places), self.text_lengths.astype(np.int32), table)
 
     def _clips_of(self, shard: ShardInfo) -> list[dict[str, Any]]:
         path = self.folder / shard.name
@@ -181,7 +208,7 @@ class ShardDataset:
 
         Returns:
             "key", "caption", "durations_ms" (T numbers), "provenance" (and "attributes" where the source drew the clip), and
-            "frames" [T, S, S, 3] uint8 or "codes" [T, h, w] uint16, not writeable.
+            "frames" [T, S, S, 3] uint8 or "codes" [T, h, w] uint16, not writeable; "text" [n, width] fp16 where it is stored.
 
         Raises:
             DataError: the shard was cut or a byte of the clip changed since it was written.
@@ -195,6 +222,8 @@ class ShardDataset:
         if "attributes" in provenance:
             clip["attributes"] = provenance["attributes"]
         clip[ARRAYS[self.kind]] = self._array(i, self._unpacked(i, array))
+        if self._vectors is not None:
+            clip["text"] = self.read_text(np.array([i]), Buffer())
         return clip
 
     def read_codes(self, numbers: np.ndarray, buffer: Buffer) -> np.ndarray:
@@ -215,6 +244,26 @@ class ShardDataset:
         out = buffer.take(int(np.add.reduce(self.lengths[numbers])) * self._frame_bytes)
         self._read_pieces(self._arrays, numbers, numbers, out)
         return out.view(np.uint16).reshape(-1, *self.frame_shape)
+
+    def read_text(self, numbers: np.ndarray, buffer: Buffer) -> np.ndarray:
+        """Read the stored text vectors of many clips at once.
+
+        Args:
+            numbers: int64 [B], of the clips.
+            buffer: that the vectors are read into.
+
+        Returns:
+            fp16 [n of all clips, width], one clip's `text_lengths` after another: a view of the buffer.
+
+        Raises:
+            DataError: as `read`; or none are stored here.
+        """
+        if self._vectors is None:
+            raise DataError(f"{self.folder} holds no text vectors")
+        width = self.manifest.text_width
+        out = buffer.take(int(np.add.reduce(self.text_lengths[numbers])) * width * TEXT_DTYPE.itemsize)
+        self._read_pieces(self._vectors, numbers, numbers, out)
+        return out.view(TEXT_DTYPE).reshape(-1, width)
 
     def read_frames(self, numbers: np.ndarray, frames: Sequence[np.ndarray], buffer: Buffer) -> np.ndarray:
         """Read some frames of each of many clips, and nothing else of them (whole clips where a folder has compressed ones and others).
@@ -308,7 +357,7 @@ class ShardDataset:
                 if self._closing and not self._reads:
                     self._shut_all()
         if status:
-            self._fail(int(clips[place]), status)
+            self._fail(int(clips[place]), status, pieces)
 
     @contextlib.contextmanager
     def _pinned(self, shards: np.ndarray) -> Iterator[None]:
@@ -351,8 +400,10 @@ class ShardDataset:
         self._closing = False
         self._shut((self._files.descriptors != _CLOSED).nonzero()[0])
 
-    def _fail(self, i: int, status: int) -> NoReturn:
+    def _fail(self, i: int, status: int, pieces: Pieces) -> NoReturn:
         path = self.folder / self.shards[self._shards_of[i]].name
+        if status == OTHER_HEAD and pieces is self._vectors:
+            raise DataError(f"clip {self._keys[i]} of {self.folder} holds text vectors of another shape than its index says")
         if status == OTHER_HEAD:
             self._array(i, self._payload(i, self._whole))  # raises, and says what it holds
         if status not in (FILE_ENDS, DAMAGED):

@@ -1,7 +1,8 @@
 """What a folder of shards says about itself: `manifest.json`.
 
 The manifest is written last, by renaming, so a folder that has one is whole. It holds nothing that depends on the time,
-the machine or the path: preparing the same source with the same settings gives the same bytes.
+the machine or the path: preparing the same source with the same settings gives the same bytes. (A text encoder that was
+named by its folder is a setting.)
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from t2v_ds.config import TextConfig
+from t2v_ds.config_loader import from_dict, to_dict
 from t2v_ds.errors import DataError
 from t2v_ds.files import write_atomically
 
@@ -39,6 +42,20 @@ class ShardInfo:
     lengths: dict[str, int]  # frames of a clip -> number of such clips
 
 
+@dataclass(frozen=True)
+class StoredText:
+    """The text vectors in token shards: what made them, with which settings, and how many numbers one has."""
+
+    identity: str
+    settings: TextConfig
+    width: int
+
+    def describe(self, truncated: int) -> dict[str, Any]:
+        """The fields of a manifest, where `truncated` captions have more tokens than are stored."""
+        settings = to_dict(self.settings)
+        return {"text_identity": self.identity, "text": settings, "text_width": self.width, "text_truncated": truncated}
+
+
 @dataclass
 class Manifest:
     """`manifest.json` of a folder of raw or token shards."""
@@ -54,6 +71,10 @@ class Manifest:
     grid_size: int = 0  # codes a side of a frame (tokens)
     codebook_size: int = 0  # (tokens)
     tokenizer_id: str = ""  # the tokenizer that made the codes (tokens)
+    text_identity: str = ""  # the text encoder that made the captions' vectors (tokens); empty: none are stored
+    text: dict[str, Any] = field(default_factory=dict)  # the settings that it was built with: encoder, tokens, width
+    text_width: int = 0  # numbers in each of its vectors
+    text_truncated: int = 0  # clips whose captions have more tokens than are stored
     rejected: dict[str, int] = field(default_factory=dict)  # reason -> clips
     source: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -79,6 +100,17 @@ class Manifest:
             chunks=[chunks[chunk] for chunk in sorted(chunks)],
             **fields,
         )
+
+    @property
+    def stored_text(self) -> StoredText | None:
+        """The text vectors in the shards, if there are any.
+
+        Raises:
+            ConfigError: their encoder's settings are none that are allowed.
+        """
+        if not self.text_identity:
+            return None
+        return StoredText(self.text_identity, from_dict(TextConfig, self.text, MANIFEST, "text."), self.text_width)
 
     def digest(self) -> str:
         """A hash of the content: the same shards in the same order have the same digest."""
@@ -119,6 +151,8 @@ class Manifest:
             for shard in shards:
                 if not SHARD_NAME.fullmatch(shard.name):  # a path would lead out of the folder
                     raise ValueError(f"shard name {shard.name!r}")
+            if data.get("text_identity") and (type(data["text_width"]) is not int or data["text_width"] < 1):
+                raise ValueError(f"text_width {data['text_width']!r}")
             return cls(**{**data, "shards": shards})
         except (TypeError, KeyError, ValueError) as error:
             raise DataError(f"{path} is damaged ({error}): restore it, or make the folder again with {stage}") from error

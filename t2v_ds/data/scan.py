@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from t2v_ds.data.compression import decompress
-from t2v_ds.data.shards import ARRAYS, DTYPES, HEAD, frame_crcs, npy_head
+from t2v_ds.data.manifest import StoredText
+from t2v_ds.data.shards import ARRAYS, DTYPES, HEAD, TEXT, TEXT_DTYPE, frame_crcs, npy_head
 from t2v_ds.data.tar import Damage, Member, walk
 from t2v_ds.errors import DataError
 
@@ -69,7 +70,9 @@ class _Clip:
     is_cut: bool = False
 
 
-def scan_shard(path: Path, kind: str, known: Known | None = None, codebook_size: int = 2**16) -> ShardScan:
+def scan_shard(
+    path: Path, kind: str, known: Known | None = None, codebook_size: int = 2**16, text: StoredText | None = None
+) -> ShardScan:
     """Read a shard from its start to its end, whatever it holds.
 
     Args:
@@ -77,6 +80,7 @@ def scan_shard(path: Path, kind: str, known: Known | None = None, codebook_size:
         kind: "raw" or "tokens".
         known: checksums to compare with; a clip that has none is bad. None: none are known.
         codebook_size: codes must be below it.
+        text: of the text vectors that each clip must have; None: what there is of them is left alone.
 
     Raises:
         DataError: the file cannot be read.
@@ -86,7 +90,8 @@ def scan_shard(path: Path, kind: str, known: Known | None = None, codebook_size:
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             size = file.seek(0, os.SEEK_END)
-            found = [_judged(path.name, item, kind, known, codebook_size, seen) for item in _clips(walk(file, size))]
+            asked = _Asked(kind, known, codebook_size, text)
+            found = [_judged(path.name, item, asked, seen) for item in _clips(walk(file, size))]
     except OSError as error:
         raise DataError(f"shard {path} cannot be read: {error.strerror or error}") from error
     scan = ShardScan(path, size, sha256)
@@ -102,11 +107,21 @@ def scan_shard(path: Path, kind: str, known: Known | None = None, codebook_size:
 Good = tuple[dict[str, Any], int]  # the entry of a clip in the index, and the side of its frames
 
 
-def _judged(shard: str, item: _Clip | Damage, kind: str, known: Known | None, codebook_size: int, seen: set[str]) -> Good | Bad:
+@dataclass(frozen=True)
+class _Asked:
+    """What a clip must be; see `scan_shard`."""
+
+    kind: str
+    known: Known | None
+    codebook_size: int
+    text: StoredText | None
+
+
+def _judged(shard: str, item: _Clip | Damage, asked: _Asked, seen: set[str]) -> Good | Bad:
     if isinstance(item, Damage):
         return Bad(shard, "", item.reason, item.detail, item.size, item.is_cut)
     try:
-        return _check(item, kind, known, codebook_size, seen)
+        return _check(item, asked, seen)
     except _BadClip as bad:
         return Bad(shard, item.key, bad.reason, bad.detail, item.bytes, item.is_cut)
 
@@ -158,33 +173,38 @@ def _split(name: str) -> tuple[str, str, tuple[str, str] | None]:
     key, dot, member = short.partition(".")
     if key and dot and not set("/\\\0") & set(short):
         return key, member, None
-    allowed = "KEY.frames.npy[.zst], KEY.codes.npy or KEY.json with a KEY that holds no slash"
+    allowed = "KEY.frames.npy[.zst], KEY.codes.npy, KEY.text.npy or KEY.json with a KEY that holds no slash"
     return short, "", ("member_name", f"member {name!r} is not {allowed}")
 
 
-def _check(clip: _Clip, kind: str, known: Known | None, codebook_size: int, seen: set[str]) -> Good:
+def _check(clip: _Clip, asked: _Asked, seen: set[str]) -> Good:
     if clip.problem is not None:
         raise _BadClip(*clip.problem)
     if clip.key in seen:
         raise _BadClip("duplicate_key", f"clip {clip.key} is there twice")
-    array_name = f"{ARRAYS[kind]}.npy"
+    kind, array_name = asked.kind, f"{ARRAYS[asked.kind]}.npy"
     if kind == "raw" and array_name not in clip.members and f"{array_name}.zst" in clip.members:
         array_name += ".zst"
-    for name in (array_name, "json"):
+    names = [array_name, "json", *([TEXT] if asked.text else [])]
+    for name in names:
         if name not in clip.members:
             raise _BadClip("member_missing", f"member {clip.key}.{name} is missing")
-    crcs = {name: zlib.crc32(clip.members[name][1]) for name in (array_name, "json")}
-    if known is not None and known.get(clip.key) != crcs:
-        if clip.key not in known:
+    crcs = {name: zlib.crc32(clip.members[name][1]) for name in names}
+    if asked.known is not None and asked.known.get(clip.key) != crcs:
+        if clip.key not in asked.known:
             raise _BadClip("not_indexed", f"clip {clip.key} is not in the index of the shard")
         raise _BadClip("checksum", f"clip {clip.key} is not what was written (its checksum differs)")
     payload = clip.members[array_name][1]
     array = _array(_unpacked(payload, f"{clip.key}.{array_name}"), kind, f"{clip.key}.{array_name}")
-    if kind == "tokens" and array.size and int(array.max()) >= codebook_size:
-        raise _BadClip("code_range", f"member {clip.key}.{array_name} holds code {array.max()}; allowed: below {codebook_size}")
+    if kind == "tokens" and array.size and int(array.max()) >= asked.codebook_size:
+        raise _BadClip("code_range", f"member {clip.key}.{array_name} holds code {array.max()}; allowed: below {asked.codebook_size}")
     text = _text(clip.members["json"][1], len(array), f"{clip.key}.json")
     members = {name: [clip.members[name][0], len(clip.members[name][1]), crc] for name, crc in crcs.items()}
     entry = {"key": clip.key, "frames": len(array), "caption": text["caption"], "members": members}
+    if asked.text:
+        _check_vectors(clip.members[TEXT][1], asked.text, f"{clip.key}.{TEXT}")
+        if text.get("text_truncated") is True:
+            entry["text_truncated"] = True
     if kind == "raw" and not array_name.endswith(".zst"):
         entry["frame_crcs"] = frame_crcs(payload, [array[0].nbytes] * len(array))
     elif kind == "raw" and "frame_bytes" in text:  # ours; others' are read whole
@@ -218,27 +238,51 @@ def _frame_bytes(sizes: Any, payload: bytes, array: np.ndarray, name: str) -> li
 
 
 def _array(payload: bytes, kind: str, name: str) -> np.ndarray:
-    """The array of a .npy file of format 1.0; nothing is unpickled."""
-    file = io.BytesIO(payload)
-    try:
-        version = np.lib.format.read_magic(file)
-        if version != (1, 0):
-            raise ValueError(f"format {version[0]}.{version[1]}; allowed: 1.0")
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    except Exception as error:  # numpy lets through what Python's tokenizer raises
-        raise _BadClip("npy_header", f"member {name} is not a .npy file that can be read ({' '.join(str(error).split())[:200]})") from error
+    """The array of frames or codes of a .npy file."""
+    shape, fortran, dtype, head = _npy_header(payload, name)
     wanted = "[T, S, S, 3]" if kind == "raw" else "[T, S, S]"
     fits = len(shape) == (4 if kind == "raw" else 3) and min(shape) > 0 and shape[1] == shape[2] and (kind != "raw" or shape[3] == 3)
     if dtype != DTYPES[kind] or fortran or not fits:
         found = f"{dtype} {list(shape)}{' in Fortran order' * fortran}"
         raise _BadClip("array", f"member {name} holds {found}; allowed: {DTYPES[kind]} {wanted}")
-    head, size = file.tell(), file.tell() + math.prod(shape) * dtype.itemsize
-    if len(payload) != size:
-        raise _BadClip("array_size", f"member {name} has {len(payload)} bytes; {dtype} {list(shape)} takes {size}")
-    array = np.frombuffer(payload, dtype, offset=head).reshape(shape)
+    array = _npy_body(payload, shape, dtype, head, name)
     if head == HEAD and payload[:head] != npy_head(array.dtype, array.shape):  # a stream compares headers of this length byte by byte
         raise _BadClip("npy_header", f"the header of member {name} is not as numpy writes it")
     return array
+
+
+def _check_vectors(payload: bytes, wanted: StoredText, name: str) -> None:
+    """Whether the text vectors of a .npy file are such."""
+    shape, fortran, dtype, head = _npy_header(payload, name)
+    most = wanted.settings.tokens
+    if dtype != TEXT_DTYPE or fortran or len(shape) != 2 or shape[0] > most or shape[1] != wanted.width:
+        found = f"{dtype} {list(shape)}{' in Fortran order' * fortran}"
+        raise _BadClip("text_vectors", f"member {name} holds {found}; allowed: {TEXT_DTYPE} [0 to {most}, {wanted.width}]")
+    vectors = _npy_body(payload, shape, dtype, head, name)
+    if payload[:head] != npy_head(TEXT_DTYPE, shape):  # a stream compares it byte by byte
+        raise _BadClip("npy_header", f"the header of member {name} is not as numpy writes it")
+    if not np.isfinite(vectors).all():
+        raise _BadClip("text_vectors", f"member {name} holds numbers that are not finite")
+
+
+def _npy_header(payload: bytes, name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    """Shape, Fortran order, type and length of the header of a .npy file of format 1.0; nothing is unpickled."""
+    file = io.BytesIO(payload)
+    try:
+        version = np.lib.format.read_magic(file)
+        if version != (1, 0):
+            raise ValueError(f"format {version[0]}.{version[1]}; allowed: 1.0")
+        return *np.lib.format.read_array_header_1_0(file), file.tell()
+    except Exception as error:  # numpy lets through what Python's tokenizer raises
+        raise _BadClip("npy_header", f"member {name} is not a .npy file that can be read ({' '.join(str(error).split())[:200]})") from error
+
+
+def _npy_body(payload: bytes, shape: tuple[int, ...], dtype: np.dtype[Any], head: int, name: str) -> np.ndarray:
+    """The array behind the header of a .npy file."""
+    size = head + math.prod(shape) * dtype.itemsize
+    if len(payload) != size:
+        raise _BadClip("array_size", f"member {name} has {len(payload)} bytes; {dtype} {list(shape)} takes {size}")
+    return np.frombuffer(payload, dtype, offset=head).reshape(shape)
 
 
 def _text(payload: bytes, frames: int, name: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Clips -> WebDataset tar shards with an index and checksums; `dataset.ShardDataset` reads them.
 
-    clip -> members {"frames.npy" | "frames.npy.zst" | "codes.npy", "json"} -> write_shard: NAME.tar, then NAME.index.json -> Manifest
+    clip -> members {"frames.npy" | "frames.npy.zst" | "codes.npy", "json"[, "text.npy"]}
+         -> write_shard: NAME.tar, then NAME.index.json -> Manifest
 
 The tars are plain ustar with no times, owners or extended headers, so the same clips give the same bytes, and any
 tar program and the `webdataset` package read them. A shard is whole once its index exists, which is written after it.
@@ -29,6 +30,8 @@ from t2v_ds.files import rename_durably, write_atomically
 HEAD = 128  # bytes before the numbers in a .npy file, as numpy has written them for years
 ARRAYS = {"raw": "frames", "tokens": "codes"}  # the array of a clip of each kind
 DTYPES: dict[str, np.dtype[Any]] = {"raw": np.dtype(np.uint8), "tokens": np.dtype(np.uint16)}
+TEXT = "text.npy"  # member of a token clip: what a text encoder made of its caption, fp16 [n, width]
+TEXT_DTYPE: np.dtype[Any] = np.dtype(np.float16)
 _INDEX_FORMAT = "t2v_ds.index/1"
 
 
@@ -58,11 +61,32 @@ def raw_members(
     return dict(sorted(members.items()))
 
 
-def token_members(codes: np.ndarray, caption: str, durations_ms: list[int], provenance: dict[str, Any]) -> dict[str, bytes]:
-    """Members of a token clip from codes [T, h, w] of any integer type, below 65536."""
+def token_members(
+    codes: np.ndarray,
+    caption: str,
+    durations_ms: list[int],
+    provenance: dict[str, Any],
+    text: np.ndarray | None = None,
+    text_truncated: bool = False,
+) -> dict[str, bytes]:
+    """Members of a token clip.
+
+    Args:
+        codes: [T, h, w] of any integer type, below 65536.
+        caption, durations_ms, provenance: as of the raw clip.
+        text: the vectors of the caption's tokens, fp16 [n, width]; None: they are not stored.
+        text_truncated: whether the caption has more tokens than these.
+    """
     if codes.size and not 0 <= int(codes.min()) <= int(codes.max()) < 2**16:
         raise ValueError(f"codes from {codes.min()} to {codes.max()} do not fit uint16")
-    return _members("tokens", codes.astype(np.uint16), caption, durations_ms, provenance)
+    members = _members("tokens", codes.astype(np.uint16), caption, durations_ms, provenance)
+    if text is None:
+        return members
+    if text.dtype != TEXT_DTYPE or text.ndim != 2 or not np.isfinite(text).all():
+        raise ValueError(f"text vectors are {text.dtype} {list(text.shape)}; needs finite {TEXT_DTYPE} [n, width]")
+    if text_truncated:
+        members["json"] = json.dumps({**json.loads(members["json"]), "text_truncated": True}, sort_keys=True).encode()
+    return {**members, TEXT: npy_bytes(text)}
 
 
 def _members(kind: str, array: np.ndarray, caption: str, durations_ms: list[int], provenance: dict[str, Any]) -> dict[str, bytes]:
@@ -82,8 +106,8 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]
 
     Args:
         path: ending in .tar.
-        samples: (key, members) where members maps "frames.npy", "frames.npy.zst" or "codes.npy", and "json", to their bytes; keys
-            hold no dot or slash, as WebDataset splits names at the first dot.
+        samples: (key, members) where members maps "frames.npy", "frames.npy.zst" or "codes.npy", "json", and "text.npy" where it is
+            stored, to their bytes; keys hold no dot or slash, as WebDataset splits names at the first dot.
         chunk: that the shard belongs to.
     """
     path = Path(path)
@@ -98,6 +122,8 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]
         for key, members in samples:
             text = json.loads(members["json"])
             clip: dict[str, Any] = {"key": key, "frames": text["frames"], "caption": text["caption"], "members": {}}
+            if text.get("text_truncated"):
+                clip["text_truncated"] = True
             if frames := members.get("frames.npy"):
                 clip["frame_crcs"] = frame_crcs(frames, [_array_bytes(frames) // max(1, text["frames"])] * text["frames"])
             if frames := members.get("frames.npy.zst"):
@@ -202,6 +228,11 @@ def read_index(shard: Path, kind: str) -> tuple[dict[str, Any], str]:
     except (OSError, ValueError) as error:
         raise DataError(f"index {path} cannot be read ({error}): restore it, or make the folder again with {STAGES[kind]}") from error
     return index, hashlib.sha256(data).hexdigest()
+
+
+def count_truncated(clips: Iterable[dict[str, Any]]) -> int:
+    """How many of the clips of an index have captions with more tokens than are stored."""
+    return sum(clip.get("text_truncated", False) for clip in clips)
 
 
 def check_size(path: Path, expected: int, stage: str) -> None:

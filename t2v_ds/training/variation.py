@@ -26,12 +26,12 @@ class Sample:
     codes: np.ndarray  # uint16 [T, h, w]: what is to be told
     context: np.ndarray | None  # the same shape: what is fed, where that is something else
     masked: np.ndarray | None  # bool [T, P], for decoding "frame"
-    caption: str
+    has_caption: bool  # else it counts as one with the empty caption
     start: int  # number of the first frame of an excerpt; -1: the clip is whole
     last_given: bool | None  # None: the model cannot be given a last frame
 
 
-def vary(codes: np.ndarray, caption: str, rng: np.random.Generator, config: TransformerRunConfig) -> Sample:
+def vary(codes: np.ndarray, rng: np.random.Generator, config: TransformerRunConfig) -> Sample:
     """Make a clip [T, h, w] into a sample.
 
     Without captions the model learns clips as such, for guidance. Most of what a clip shows is settled by its first
@@ -39,7 +39,7 @@ def vary(codes: np.ndarray, caption: str, rng: np.random.Generator, config: Tran
     images and video of Ho et al. 2022).
     """
     start = -1
-    caption = "" if rng.random() < config.caption_dropout else caption
+    has_caption = bool(rng.random() >= config.caption_dropout)
     if rng.random() < config.excerpt_share:
         frames = min(config.excerpt_frames, len(codes))
         start = int(rng.integers(len(codes) - frames + 1))
@@ -48,7 +48,7 @@ def vary(codes: np.ndarray, caption: str, rng: np.random.Generator, config: Tran
     context = _noisy(codes, rng, config.context_noise, model.codebook_size) if config.context_noise else None
     masked = _mask(len(codes), model.positions, rng, config.mask == "tube") if model.decoding == "frame" else None
     last_given = bool(start < 0 and rng.random() < config.last_frame_share) if model.last_frame else None
-    return Sample(codes, context, masked, caption, start, last_given)
+    return Sample(codes, context, masked, has_caption, start, last_given)
 
 
 def _noisy(codes: np.ndarray, rng: np.random.Generator, most: float, codebook_size: int) -> np.ndarray:
@@ -74,7 +74,7 @@ def join(samples: Sequence[Sample]) -> dict[str, Any]:
 
     Returns:
         "codes" int64 [F, h, w] and "lengths" as `pack_codes` has them; "context" int64 [F, h, w] or None; "masked" bool [F, P] or None;
-        "starts", "last_given" (or None), "captions": lists of B.
+        "starts", "last_given" (or None): lists of B.
     """
     batch: dict[str, Any] = pack_codes([one.codes for one in samples])
     context, masked = [one.context for one in samples], [one.masked for one in samples]
@@ -83,5 +83,4 @@ def join(samples: Sequence[Sample]) -> dict[str, Any]:
     batch["starts"] = [one.start for one in samples]
     # Also where it is False for all: at ZeRO stage 3 the ranks must call the same layers.
     batch["last_given"] = None if samples[0].last_given is None else [one.last_given for one in samples]
-    batch["captions"] = [one.caption for one in samples]
     return batch

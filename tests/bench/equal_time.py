@@ -36,7 +36,7 @@ def batches(dataset: ShardDataset, config: TransformerRunConfig, batch: int) -> 
     def load(data: Any, places: Places, buffer: Buffer) -> dict[str, Any]:
         found = whole_codes(data, places, buffer)
         clips = np.split(found["codes"], np.cumsum(found["lengths"])[:-1])
-        return join([vary(*one, config) for one in zip(clips, found["captions"], places.rngs(), strict=True)])
+        return {"captions": found["captions"], **join([vary(*one, config) for one in zip(clips, places.rngs(), strict=True)])}
 
     for found in ClipStream(dataset, batch, load=load, threads=0):
         found["text"], found["mask"] = text.encode(found["captions"])

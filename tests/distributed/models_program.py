@@ -4,13 +4,14 @@ Usage: models_program.py SPECIFICATION.json
 
 The file maps a label to {"stage": "vqvae" | "transformer", "config": settings as in a YAML file}; each is trained into its
 `out`. After each step all ranks' codebooks and statistics are compared to the bit, and their digest is kept in
-OUT/codebook.json.
+OUT/codebook.json; the captions that rank 0's text encoder was given are in OUT/encoded.json.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import nn
 
 from t2v_ds.config import TransformerRunConfig, VQVAERunConfig
 from t2v_ds.config_loader import from_dict
+from t2v_ds.models.text import Embedded, HashingTextEncoder
 from t2v_ds.training import run as stages
 from t2v_ds.training.distributed import finish
 from t2v_ds.training.engine import Engine
@@ -51,13 +53,30 @@ class WatchedVQVAE(VQVAEObjective):
         (folder / "codebook.json").write_text(json.dumps(self.seen))
 
 
+def watch_captions() -> list[str]:
+    """Every caption that a text encoder computes from now on, but for the one that its identity is taken from."""
+    seen: list[str] = []
+    compute = HashingTextEncoder._compute
+
+    def watched(self: HashingTextEncoder, captions: list[str]) -> list[Embedded]:
+        seen.extend(caption for caption in captions if "ÉTOILES" not in caption)
+        return compute(self, captions)
+
+    HashingTextEncoder._compute = watched  # type: ignore[method-assign]
+    return seen
+
+
 def main() -> None:
     stages.VQVAEObjective = WatchedVQVAE  # type: ignore[misc]
+    seen = watch_captions()
     for entry in json.loads(Path(sys.argv[1]).read_text()).values():
         if entry["stage"] == "vqvae":
             stages.train_vqvae(from_dict(VQVAERunConfig, entry["config"]))
         else:
+            seen.clear()
             stages.train_transformer(from_dict(TransformerRunConfig, entry["config"]))
+            if os.environ.get("RANK", "0") == "0":
+                Path(entry["config"]["out"], "encoded.json").write_text(json.dumps(seen))
     finish(0)
 
 

@@ -24,7 +24,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from t2v_ds.config import PrepareConfig, QuantizerConfig, TokenizeConfig, VQVAEConfig
+from t2v_ds.config import PrepareConfig, QuantizerConfig, StoredTextConfig, TokenizeConfig, VQVAEConfig
 from t2v_ds.config_loader import to_dict
 from t2v_ds.data.dataset import ShardDataset
 from t2v_ds.data.gif import encode_gif
@@ -38,6 +38,7 @@ STEPS = 20
 DECAY = 0.8  # of the codebook's moving averages
 LOSS_RTOL = 2e-6
 WEIGHT_TOLERANCE = {"rtol": 1e-6, "atol": 3e-5}  # one code assigned otherwise moves the EMA's sums by 1e-1
+TEXT = {"tokens": 12, "width": 16}
 MODELS = ("ema", "gradient", "transformer")
 ALWAYS = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}  # else small parameters stay whole
 STAGES = [(name, stage) for name in MODELS for stage in ("zero0", "zero1", "zero2", "zero3")]
@@ -73,7 +74,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = VQVAE(vqvae_model())
     export_tokenizer(folder / "untrained", model.config, model.state_dict())
-    tokenize(TokenizeConfig(data=str(folder / "raw"), tokenizer=str(folder / "untrained"), out=str(folder / "tokens")))
+    for name, text in (("tokens", StoredTextConfig()), ("tokens_text", StoredTextConfig("hashing", **TEXT))):
+        tokenize(TokenizeConfig(data=str(folder / "raw"), tokenizer=str(folder / "untrained"), out=str(folder / name), text=text))
     (folder / "zero3_always.json").write_text(json.dumps(ALWAYS))
     return folder
 
@@ -91,12 +93,16 @@ def entry(folder: Path, ranks: int, name: str, stage: str, precision: str = "fp3
             "sample_prompts": ["a red circle moves right"],
             "caption_dropout": 0.3,
             "excerpt_share": 0.3,
-            "text": {"tokens": 12, "width": 16},
+            "text": TEXT,
         }
         data = {"data": str(folder / "tokens")}
         if name == "transformer_url":  # with room for one shard, and more only while a batch needs them
             room = max(path.stat().st_size for path in (folder / "tokens").glob("*.tar"))
             data = {"data": f"file://{folder / 'tokens'}", "cache": {"folder": str(folder / "cache"), "max_bytes": room}}
+        if name in ("transformer_stored", "transformer_named"):
+            data = {"data": str(folder / "tokens_text")}
+        if name == "transformer_stored":  # and needs no encoder at all: what it shows are captions of the data
+            settings |= {"text": {"encoder": ""}, "sample_prompts": []}
         return {"stage": "transformer", "config": {**common, **data, "model": model, **settings}}
     # Without a warm-up the codebook is set from a forward pass before the first step; with one, after a step, when Adam has moments.
     model = to_dict(vqvae_model(name, warmup_steps=0 if name == "ema" else 3))
@@ -107,8 +113,9 @@ def entry(folder: Path, ranks: int, name: str, stage: str, precision: str = "fp3
 @pytest.fixture(scope="module")
 def trained(folder: Path) -> Path:
     """All runs: one rank at stage 0, two ranks at every stage, each in fp32 and some in bf16."""
+    others = [(f"transformer_{name}", "zero0", "fp32") for name in ("url", "stored", "named")]
     runs = {
-        1: [*((name, "zero0", precision) for name in MODELS for precision in ("fp32", "bf16")), ("transformer_url", "zero0", "fp32")],
+        1: [*((name, "zero0", precision) for name in MODELS for precision in ("fp32", "bf16")), *others],
         2: [(name, stage, "fp32") for name, stage in STAGES] + [(name, "zero3", "bf16") for name in MODELS],
     }
     for ranks, chosen in runs.items():
@@ -178,6 +185,20 @@ def test_data_at_a_url_trains_the_same(trained: Path) -> None:
     assert curve(here) == curve(there)
     assert list((trained / "cache").glob("*/*.tar"))
     assert (here / "model.safetensors").read_bytes() == (there / "model.safetensors").read_bytes()
+
+
+def test_stored_text_trains_the_same_and_no_caption_is_encoded(trained: Path) -> None:
+    plain = trained / "1_transformer_zero0_fp32"
+    encoded = {name: set(json.loads((trained / f"1_{name}_zero0_fp32" / "encoded.json").read_text()))
+               for name in ("transformer", "transformer_stored", "transformer_named")}  # fmt: skip
+    assert encoded["transformer_stored"] == set()
+    assert encoded["transformer_named"] == {"a red circle moves right"}  # what it shows
+    assert encoded["transformer"] > encoded["transformer_named"]
+    for name in ("transformer_stored", "transformer_named"):
+        run = trained / f"1_{name}_zero0_fp32"
+        assert curve(run) == curve(plain)
+        for file in ("model.safetensors", "config.json"):
+            assert (run / file).read_bytes() == (plain / file).read_bytes()
 
 
 @pytest.mark.parametrize("name", MODELS)

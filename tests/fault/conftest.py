@@ -28,6 +28,7 @@ TRANSFORMER: dict[str, Any] = {
     "text": {"tokens": 12, "width": 16},
     "train": {"steps": 4, "batch": 4, "save_every": 2, "visual_every": 0, "log_every": 2, "warmup_steps": 2},
 }
+TEXT = ("text.encoder=hashing", "text.tokens=12", "text.width=16")  # what the demo has its captions stored with
 DEMO: dict[str, Any] = {
     "prepare": {"clips": 40, "image_size": 32, "max_frames": 16, "shard_clips": 16, "chunk_clips": 20, "workers": 1},
     "vqvae": VQVAE,

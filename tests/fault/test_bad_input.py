@@ -17,7 +17,7 @@ from t2v_ds.data.dataset import ShardDataset
 from t2v_ds.data.gif import encode_gif
 from t2v_ds.data.manifest import Manifest
 from t2v_ds.models.facade import export_tokenizer, load_tokenizer
-from tests.fault.conftest import Trained, said, t2v
+from tests.fault.conftest import TEXT, Trained, said, t2v
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -167,7 +167,7 @@ def test_a_flipped_byte_of_a_raw_shard_stops_training_and_tokenizing(trained: Tr
     assert named in said(t2v("train-vqvae", "--config", trained.vqvae_config, "--data", raw, "--out", run, "train.steps=50"))
     assert not {"DONE", "model.safetensors"} & set(contents(run) if run.exists() else {})
     out = tmp_path / "tokens"
-    tokenizing = ("tokenize", "--tokenizer", trained.tokenizer, "--data", raw, "--out", out)
+    tokenizing = ("tokenize", "--tokenizer", trained.tokenizer, "--data", raw, "--out", out, *TEXT)
     assert named in said(t2v(*tokenizing))
     assert sorted(path.name for path in out.glob("*.tar")) == ["tokens-00000.tar"]  # whole; the next one is not there
     assert not (out / "manifest.json").exists()
@@ -251,7 +251,7 @@ def test_tokenizing_onto_a_full_disk(trained: Trained, tmp_path: Path) -> None:
     out = tmp_path / "tokens"
     out.mkdir()
     (out / ".tokens-00001.tar.tmp").symlink_to("/dev/full")  # the name that the second shard is written under
-    tokenize = ("tokenize", "--tokenizer", trained.tokenizer, "--data", trained.raw, "--out", out)
+    tokenize = ("tokenize", "--tokenizer", trained.tokenizer, "--data", trained.raw, "--out", out, *TEXT)
     assert "the disk is full: make room, then run the same command again" in said(t2v(*tokenize))
     assert [path.name for path in out.glob("tokens-*.tar")] == ["tokens-00000.tar"]
     assert not (out / "manifest.json").exists()
@@ -294,13 +294,25 @@ def test_other_peoples_files_are_never_replaced(trained: Trained, tmp_path: Path
 
 
 def test_codes_of_other_data_or_precision_are_not_mixed(trained: Trained, tmp_path: Path) -> None:
-    command = ("tokenize", "--data", trained.raw, "--tokenizer", trained.tokenizer, "--out", tmp_path / "tokens")
+    command = ("tokenize", "--data", trained.raw, "--tokenizer", trained.tokenizer, "--out", tmp_path / "tokens", *TEXT)
     shutil.copytree(trained.tokens, tmp_path / "tokens")
     assert "was made with precision=fp32" in said(t2v(*command, "precision=bf16"))
+    sentence = said(t2v(*command, "text.width=8"))
+    assert "holds the text vectors of hashing-12x16-" in sentence and "would store the text vectors of hashing-12x8-" in sentence
+    assert "this run would store no text vectors" in said(t2v(*command, "text.encoder="))
     (tmp_path / "tokens" / "manifest.json").unlink()
     assert "holds shards but neither manifest.json nor" in said(t2v(*command))
     (tmp_path / "tokens" / ".tokenize.json").write_text(json.dumps({"raw_digest": "other", "precision": "fp32"}))
     assert "holds the codes of other data" in said(t2v(*command))
+
+
+def test_text_vectors_of_another_encoder_are_refused_by_both_ids(trained: Trained, tmp_path: Path) -> None:
+    training = ("train-transformer", "--config", trained.transformer_config, "--data", trained.tokens, "--out", tmp_path / "run")
+    sentence = said(t2v(*training, "text.tokens=9"))
+    assert "holds the text vectors of hashing-12x16-" in sentence and "this run's text encoder is hashing-9x16-" in sentence
+    assert "set text.encoder=hashing text.tokens=12 text.width=16 and " in sentence
+    assert "or text.encoder= (empty) to use what is stored, or tokenize again with text.encoder=hashing text.tokens=9 " in sentence
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_manifest_cannot_name_a_path(trained: Trained, tmp_path: Path) -> None:

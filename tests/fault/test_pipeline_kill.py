@@ -40,7 +40,7 @@ DEMO: dict[str, Any] = {
     "prepare": {"clips": 64, "image_size": 16, "max_frames": 17, "shard_clips": 8, "chunk_clips": 32, "workers": 1},
     "vqvae": VQVAE,
     "transformer": TRANSFORMER,
-    "tokenize": {"batch_frames": 4},
+    "tokenize": {"batch_frames": 4, "text": {"encoder": "hashing", **TRANSFORMER["text"]}},
     "evaluate": {"prompts": 6, "batch": 3, "reconstruction_clips": 2},
 }
 CONFIGS = {"train-vqvae": VQVAE, "tokenize": DEMO["tokenize"], "train-transformer": TRANSFORMER, "demo": DEMO}

@@ -22,9 +22,9 @@ VQVAE=(
 START=(train.steps=8 balance=true model.quantizer.warmup_steps=3)
 THREAD=(train.steps=400)
 MERGE=(steps=8)
-TOKENIZE=()
+TOKENIZE=(text.encoder=hashing text.tokens=14 text.width=8)
 TRANSFORMER=(
-    model.width=16 model.layers=1 model.heads=2 model.max_frames=6 model.group=2 text.tokens=14 text.width=8
+    model.width=16 model.layers=1 model.heads=2 model.max_frames=6 model.group=2 text.encoder=
     train.steps=200 train.batch=4 train.warmup_steps=2 train.precision=fp32 train.save_every=20 train.log_every=5
 )
 PROMPTS=("a large red circle moves right slowly")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,20 @@ def test_every_recipe_loads() -> None:
     demo = load_config(DemoConfig, files["demo"])
     assert demo.prepare.image_size == demo.vqvae.model.image_size
     assert demo.evaluate.prompts >= 100
+
+
+@pytest.mark.parametrize("name", ["tgif", "demo"])
+def test_settings_of_the_slurm_pipeline_load_and_store_the_text(name: str) -> None:
+    """What tokenize stores is what the transformer trains on; the other stages' settings are right as well."""
+    stages = {"PREPARE": PrepareConfig, "VQVAE": VQVAERunConfig, "TOKENIZE": TokenizeConfig, "TRANSFORMER": TransformerRunConfig}
+    loaded = {}
+    for stage, cls in stages.items():
+        script = f'source slurm/{name}.env; printf "%s\\0" "${{{stage}[@]}}"'
+        words = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")[:-1]
+        recipe = resolve_recipe(words[words.index("--config") + 1]) if "--config" in words else None
+        loaded[stage] = load_config(cls, recipe, [word for word in words if "=" in word])
+    assert loaded["TOKENIZE"].text.encoder == "hashing"
+    assert loaded["TRANSFORMER"].text.encoder == ""
 
 
 @pytest.mark.parametrize("cls", STAGES)

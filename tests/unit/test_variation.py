@@ -23,19 +23,19 @@ def codes(frames: int = 10) -> np.ndarray:
 
 
 def samples(count: int = 400, **settings: Any) -> list[Sample]:
-    return [vary(codes(), "a caption", np.random.default_rng(i), config(**settings)) for i in range(count)]
+    return [vary(codes(), np.random.default_rng(i), config(**settings)) for i in range(count)]
 
 
 def test_the_same_numbers_give_the_same_sample() -> None:
     settings = config(context_noise=0.5, excerpt_share=0.5, last_frame_share=0.5)
-    one, two, other = (vary(codes(), "a", np.random.default_rng(seed), settings) for seed in (1, 1, 2))
+    one, two, other = (vary(codes(), np.random.default_rng(seed), settings) for seed in (1, 1, 2))
     assert np.array_equal(one.masked, two.masked) and np.array_equal(one.context, two.context)  # type: ignore[arg-type]
     assert not np.array_equal(one.context, other.context) or one.start != other.start  # type: ignore[arg-type]
 
 
 def test_captions_excerpts_and_last_frames_come_as_often_as_set() -> None:
     found = samples(caption_dropout=0.3, excerpt_share=0.4, excerpt_frames=3, last_frame_share=0.5)
-    assert np.mean([one.caption == "" for one in found]) == pytest.approx(0.3, abs=0.08)
+    assert np.mean([not one.has_caption for one in found]) == pytest.approx(0.3, abs=0.08)
     excerpts = [one for one in found if one.start >= 0]
     assert len(excerpts) / len(found) == pytest.approx(0.4, abs=0.08)
     for one in excerpts:
@@ -70,12 +70,12 @@ def test_noise_is_fed_and_never_told() -> None:
 
 def test_join_puts_clips_one_behind_the_other() -> None:
     settings = config(excerpt_share=0.5, context_noise=0.1, last_frame_share=0.2)
-    parts = [vary(codes(frames), "a", np.random.default_rng(frames), settings) for frames in (5, 9, 7)]
+    parts = [vary(codes(frames), np.random.default_rng(frames), settings) for frames in (5, 9, 7)]
     batch = join(parts)
     assert batch["lengths"] == [len(one.codes) for one in parts]
     assert batch["codes"].shape == batch["context"].shape == (sum(batch["lengths"]), SIDE, SIDE)
     assert batch["masked"].shape == (sum(batch["lengths"]), SIDE * SIDE)
     assert batch["starts"] == [one.start for one in parts]
     assert len(batch["last_given"]) == 3
-    plain = join([vary(codes(), "a", np.random.default_rng(0), config("token"))])
+    plain = join([vary(codes(), np.random.default_rng(0), config("token"))])
     assert plain["context"] is None and plain["masked"] is None and plain["last_given"] is None
