@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from t2v_ds.config import TextConfig, TransformerRunConfig, VQVAERunConfig, require
 from t2v_ds.config_loader import to_dict
