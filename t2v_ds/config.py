@@ -438,8 +438,8 @@ class VerifyConfig:
 
 
 @dataclass
-class EvaluateConfig:
-    """How the demo's generator is measured."""
+class DemoEvaluationConfig:
+    """How the demo measures its generator."""
 
     prompts: int = 144  # half of them held-out combinations
     batch: int = 72
@@ -460,5 +460,5 @@ class DemoConfig:
     vqvae: VQVAERunConfig = field(default_factory=VQVAERunConfig)
     tokenize: TokenizeConfig = field(default_factory=TokenizeConfig)
     transformer: TransformerRunConfig = field(default_factory=TransformerRunConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    evaluate: DemoEvaluationConfig = field(default_factory=DemoEvaluationConfig)
     prompts: tuple[str, ...] = ("a large red circle moves right slowly",)  # what the demo draws at its end

@@ -11,7 +11,7 @@ import pytest
 
 from t2v_ds.config import (
     DemoConfig,
-    EvaluateConfig,
+    DemoEvaluationConfig,
     LossConfig,
     PrepareConfig,
     QuantizerConfig,
@@ -199,7 +199,7 @@ def test_every_setting_says_what_it_is_where_its_name_does_not() -> None:
         (TransformerRunConfig, {"caption_dropout": 1.0}),
         (TokenizeConfig, {"batch_frames": 0}),
         (SamplingConfig, {"top_p": 0.0}),
-        (EvaluateConfig, {"prompts": 1}),
+        (DemoEvaluationConfig, {"prompts": 1}),
     ]
     for cls, values in bad:
         with pytest.raises(ConfigError, match=re.escape("; allowed: ")):
