@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from t2v_ds.config import SamplingConfig, TextConfig, TransformerConfig, VQVAEConfig
 from t2v_ds.config_loader import from_dict, to_dict
+from t2v_ds.data.collate import pad_codes
 from t2v_ds.errors import CheckpointError, ConfigError
 from t2v_ds.files import own_name
 from t2v_ds.models.exported import CONFIG_FILE, WEIGHTS_FILE, content_id, export_model, load_exported, load_state
@@ -214,6 +216,24 @@ class Generator:
             clips += self._draw(prompts[first : first + batch], sampling, first)
         self.text.log_truncated()
         return clips
+
+    @torch.inference_mode()
+    def bits_per_code(self, codes: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
+        """How well the model foretells clips, each code given the caption and all codes before it.
+
+        Args:
+            codes: of each clip, integers [T, h, w], each with its own T, at most `max_frames` of the model.
+            captions: one a clip; the empty one is that of guidance.
+
+        Returns:
+            fp64 [B]: bits a code (negative log2 likelihood), the mean over each clip's codes.
+        """
+        batch = pad_codes(codes)
+        text, mask = self.text.encode(list(captions))
+        arguments = (one.to(self.device) for one in (batch["codes"], batch["lengths"], text, mask))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            nats, _ = self.model(*arguments)
+        return (nats.double() / math.log(2)).cpu().numpy()
 
     def _draw(self, prompts: list[str], sampling: SamplingConfig, first: int) -> list[np.ndarray]:
         text, mask = (one.to(self.device) for one in self.text.encode(prompts))
