@@ -77,7 +77,7 @@ class Evaluation:
             "model": content_id(*load_exported(self.config.model)),
             "tokenizer": self.generator.tokenizer.tokenizer_id,
             **{name: {"tokens": one.tokens.digest, "frames": one.frames_are} for name, one in sets.items()},
-            "fvd": {"network": self.extractor.name, "sha256": self.extractor.sha256},
+            "features": {"network": self.extractor.name, "sha256": self.extractor.sha256},
             "perceptual": {"space": self.space.name, "sha256": self.space.sha256},
             "settings": settings,
         }
@@ -115,7 +115,6 @@ def _open(config: EvaluateConfig, stack: contextlib.ExitStack) -> Evaluation:
     """Load and check everything before the first figure: what does not fit is told before hours of drawing."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = load_generator(config.model, config.tokenizer or None, device, config.precision)
-    generator.tokenizer.batch = max(config.batch, generator.tokenizer.batch)
     sets = open_sets([folder for folder in (config.data, config.validation) if folder], config.raw, generator)
     for one in sets:
         stack.callback(one.close)

@@ -139,7 +139,7 @@ def open_extractor(config: FVDConfig, device: torch.device) -> Extractor:
 
 
 def _load_script(path: Path) -> Any:
-    """A TorchScript program: what it can do is compute, and its constants are read by a reader that makes no Python objects."""
+    """A TorchScript program, whose constants are read by a reader that makes no Python objects."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch prefers torch.export; the file that everybody compares with is TorchScript

@@ -30,11 +30,8 @@ def write_page(path: Path, report: dict[str, Any]) -> None:
 
 def render(report: dict[str, Any]) -> str:
     """The page's text."""
-    trained = {True: "is", False: "is **not**", None: "may or may not be"}[report["data_is_of_the_training"]]
     sections = [
-        ["# Evaluation", "", f"`--data` {trained} what the model was trained on. The loss is measured on {report['loss']['measured_on']};"],
-        [f"clips are drawn for {report['drawn_for']}. Real clips: {report['frechet']['real_clips']}."],
-        ["What the figures mean, and what they do not: docs/evaluation.md."],
+        _heading(report),
         ["![drawn clips, each beside the training clip that it looks most like](" + SHEET + ")"],
         _loss(report["loss"]),
         _frechet(report["frechet"]),
@@ -45,6 +42,17 @@ def render(report: dict[str, Any]) -> str:
         _identity(report["identity"]),
     ]
     return "\n".join("\n".join([*section, ""]) for section in sections)
+
+
+def _heading(report: dict[str, Any]) -> list[str]:
+    trained = {True: "is", False: "is **not**", None: "may or may not be"}[report["data_is_of_the_training"]]
+    return [
+        "# Evaluation",
+        "",
+        f"`--data` {trained} what the model was trained on. The loss is measured on {report['loss']['measured_on']};",
+        f"clips are drawn for {report['drawn_for']}. Real clips: {report['frechet']['real_clips']}.",
+        "What the figures mean, and what they do not: docs/evaluation.md.",
+    ]
 
 
 def _loss(loss: dict[str, Any]) -> list[str]:
@@ -75,10 +83,10 @@ def _frechet(fvd: dict[str, Any]) -> list[str]:
         "",
         "| clips | of each | distance |",
         "|---|---:|---:|",
-        f"| drawn, real | {fvd['clips']} | {fvd['distance']:.2f} |",
+        f"| drawn, real | {fvd['clips']} | {fvd['distance']:.4g} |",
     ]
     if floor:
-        lines.append(f"| real, other real (floor) | {floor['clips']} | {floor['distance']:.2f} |")
+        lines.append(f"| real, other real (floor) | {floor['clips']} | {floor['distance']:.4g} |")
     lines += ["", f"Frames: {fvd['frames_taken']} (shorter: {short['drawn']} drawn, {short['real']} real). Resized: {fvd['resizing']}."]
     if fvd["clips"] <= fvd["features"]:
         lines.append("Fewer clips than features: the distance is too high, the floor too; compare them only at this number of clips.")
@@ -169,8 +177,8 @@ def summary(out: str, report: dict[str, Any]) -> list[str]:
         f"{out}/report.md",
         f"  loss: {(held_out or loss['training'])['bits']:.4f} bits a code, measured on {loss['measured_on']} "
         f"(unigram {loss['unigram_bits']:.4f})",
-        f"  {frechet['measure']}: {frechet['distance']:.2f}"
-        + (f" (real clips: {frechet['floor']['distance']:.2f})" if frechet["floor"] else "")
+        f"  {frechet['measure']}: {frechet['distance']:.4g}"
+        + (f" (real clips: {frechet['floor']['distance']:.4g})" if frechet["floor"] else "")
         + f", {frechet['clips']} clips",
         f"  motion: {drawn['levels']:.2f} levels a frame (real clips: {real['levels']:.2f})",
         f"  nearer to a training clip than these are to one another: {_share(copies['nearer_than_1st_percentile'])}",
