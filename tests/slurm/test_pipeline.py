@@ -60,7 +60,7 @@ def undisturbed(slurm: Slurm) -> Path:
     assert [line.split()[0] for line in said.splitlines()[:9]] == [
         "prepare", "pack", "vqvae_start", "vqvae_thread", "merge", "tokenize", "transformer", "generate", "evaluate",
     ]  # fmt: skip
-    slurm.wait(lambda: ended(out) and not slurm.queue(), "the pipeline's end", out / "logs")
+    slurm.wait(lambda: ended(out) and not slurm.queue(), "the pipeline's end", out / "logs", 360)
     return out
 
 
@@ -138,6 +138,6 @@ def test_through_failures_to_the_same_files(slurm: Slurm, undisturbed: Path) -> 
     crashed = slurm.call("scontrol", "show", "hostnames", nodes[0]).split()[-1] if nodes else ""
     if crashed:
         slurm.call(str(LOCAL_SLURM), "crash", crashed)
-    slurm.wait(lambda: ended(out), "the pipeline's end", out / "logs")
+    slurm.wait(lambda: ended(out), "the pipeline's end", out / "logs", 360)
     assert crashed, "the transformer ended before its node could be crashed: give it more steps"
     assert artefacts(out) == artefacts(undisturbed)
