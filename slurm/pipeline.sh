@@ -5,6 +5,7 @@
 #   slurm/pipeline.sh --out /shared/run --settings slurm/demo.env                 a demonstration, minutes on CPUs
 #
 #   prepare (array) -> pack -> start -> threads (array) -> merge -> tokenize (array) -> transformer -> generate
+#                                                                                                   -> evaluate
 #
 # --settings FILE  what each stage does [slurm/tgif.env]     --cluster FILE  partition, times, nodes [slurm/cluster.env]
 # --source SRC     of `t2v prepare`                           --dry-run       print the commands, submit nothing
@@ -115,7 +116,10 @@ submit merge "$out/tokenizer/report.md" "${training[@]}" --time="$TIME_THREAD"
 submit tokenize "$out/tokens/manifest.json" "${one[@]}" "${gpu[@]}" --time="$TIME_TOKENIZE" --array="0-$((TOKENIZE_PARTS - 1))"
 ranks "$TRANSFORMER_NODES"
 submit transformer "$out/generator/DONE" "${training[@]}" --time="$TIME_TRANSFORMER"
+trained=$after
 submit generate "$out/sheet.png" "${one[@]}" "${gpu[@]}" --time="$TIME_PREPARE"
+after=$trained  # beside it
+submit evaluate "$out/evaluation/report.json" "${one[@]}" "${gpu[@]}" --time="${TIME_EVALUATE:-12:00:00}"
 [ -z "$dry" ] || exit 0
 if [ ! -s "$jobs" ]; then
     echo "nothing is left to do"

@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 
 from t2v_ds.config import (
     DemoConfig,
+    EvaluateConfig,
     IndexConfig,
     MergeConfig,
     PrepareConfig,
@@ -189,6 +190,14 @@ def _generate(config: SamplingConfig, flags: argparse.Namespace) -> None:
         print(path)
 
 
+def _evaluate(config: EvaluateConfig, _: argparse.Namespace) -> None:
+    from t2v_ds.evaluation.evaluate import evaluate
+    from t2v_ds.evaluation.generator_report import summary
+
+    for line in summary(config.out, evaluate(config)):
+        print(line)
+
+
 def _demo(config: DemoConfig, _: argparse.Namespace) -> None:
     from t2v_ds.pipeline import run_demo
 
@@ -299,6 +308,23 @@ VERBS: dict[str, Verb] = {
         SamplingConfig,
         (),
         _generate,
+    ),
+    "evaluate": Verb(
+        "generator + token shards -> report: loss, FVD, motion, copies, faithfulness",
+        "Measures a generator: its loss in bits a code, and clips that it draws for captions of the data, beside real ones. Writes\n"
+        "report.md, report.json, sheet.png (drawn clips, each beside the training clip that it looks most like) and TensorBoard scalars.\n"
+        "Without fvd.weights, the file of a network, the distance of drawn and real clips is a stand-in and no FVD (docs/evaluation.md).",
+        "t2v evaluate --model runs/generator --data data/tokens --raw data/raw --out runs/evaluation fvd.weights=i3d_torchscript.pt",
+        EvaluateConfig,
+        (
+            Flag("model", "folder written by t2v train-transformer"),
+            Flag("data", "token shards that it was trained on"),
+            Flag("validation", "token shards that it was not trained on"),
+            Flag("raw", "raw shards that the token shards were made of", many=True),
+            Flag("tokenizer", "another folder of the tokenizer that the model was trained with"),
+            OUT,
+        ),
+        _evaluate,
     ),
     "demo": Verb(
         "everything, at a size that a laptop finishes in minutes",

@@ -526,8 +526,72 @@ class VerifyConfig:
 
 
 @dataclass
+class FVDConfig:
+    """How sets of clips are compared by the features that a network sees in them."""
+
+    weights: str = ""  # file of the network; empty: r3d_18 with fixed random weights, a stand-in whose figures compare only with each other
+    architecture: str = "torchscript"  # what the file holds: "torchscript" (a program, such as I3D's), or a state dict of "r3d_18" or "s3d"
+    frames: int = 16  # of each clip, from its first on; of a shorter clip the last one is repeated
+
+    def __post_init__(self) -> None:
+        allowed = ("torchscript", "r3d_18", "s3d")
+        require(self.architecture in allowed, "fvd.architecture", self.architecture, ", ".join(f"'{one}'" for one in allowed))
+        named = bool(self.weights) or self.architecture == "torchscript"
+        require(named, "fvd.architecture", self.architecture, "only beside fvd.weights, the file of its state dict")
+        require(2 <= self.frames <= 10_000, "fvd.frames", self.frames, "2 to 10000")
+
+
+@dataclass
+class PerceptualConfig:
+    """How alike two clips look."""
+
+    weights: str = ""  # "imagenet", "random", or the path of a state dict; empty: frames of 16 x 16 pixels are compared, without a network
+    network: str = "squeezenet"  # that the weights belong to: "vgg16" or "squeezenet"
+
+    def __post_init__(self) -> None:
+        require(self.network in ("vgg16", "squeezenet"), "perceptual.network", self.network, "'vgg16' or 'squeezenet'")
+
+
+@dataclass
 class EvaluateConfig:
-    """How the demo's generator is measured."""
+    """Generator + token shards -> a report of what it has learned."""
+
+    model: str = ""
+    data: str = ""
+    validation: str = ""  # token shards that it was not trained on; empty: what is measured on clips is measured on those of `data`
+    raw: tuple[str, ...] = ()  # raw shards that the token shards were made of; without them real clips are what the codes decode to
+    tokenizer: str = ""  # empty: the one kept with the model
+    out: str = ""
+    again: bool = False  # measure anew, whatever report, or part of one, the folder holds
+    clips: int = 256  # drawn for captions of the data, and as many real ones: for FVD, motion and likeness
+    prompts_from: str = "validation"  # whose captions are drawn: "validation" (of `data`, where it is not given) or "training"
+    loss_clips: int = 1024  # that the loss is measured on, of each set; 0: all
+    training_clips: int = 1000  # that drawn clips are compared with; those whose captions are drawn are always among them
+    second_draws: int = 32  # captions that are drawn with another seed, too; 0: none
+    shape_prompts: int = 144  # for data of moving-shapes: clips whose colour, shape and direction are checked; 0: none
+    sheet_clips: int = 8  # in the contact sheet
+    batch: int = 32  # clips computed at once; changes no figure beyond rounding
+    precision: str = "fp32"  # "bf16" or "fp32"
+    fvd: FVDConfig = field(default_factory=FVDConfig)
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        require(self.clips >= 2, "clips", self.clips, ">= 2")
+        choices = ("validation", "training")
+        require(self.prompts_from in choices, "prompts_from", self.prompts_from, "'validation' or 'training'")
+        require(self.loss_clips >= 0, "loss_clips", self.loss_clips, ">= 0")
+        require(self.training_clips >= 2, "training_clips", self.training_clips, ">= 2")
+        require(self.second_draws == 0 or self.second_draws >= 2, "second_draws", self.second_draws, "0 or >= 2")
+        require(self.shape_prompts == 0 or self.shape_prompts >= 2, "shape_prompts", self.shape_prompts, "0 or >= 2")
+        require(self.sheet_clips >= 1, "sheet_clips", self.sheet_clips, ">= 1")
+        require(self.batch >= 1, "batch", self.batch, ">= 1")
+        require(self.precision in ("bf16", "fp32"), "precision", self.precision, "'bf16' or 'fp32'")
+
+
+@dataclass
+class DemoEvaluationConfig:
+    """How the demo measures its generator."""
 
     prompts: int = 144  # half of them held-out combinations
     batch: int = 72
@@ -548,5 +612,5 @@ class DemoConfig:
     vqvae: VQVAERunConfig = field(default_factory=VQVAERunConfig)
     tokenize: TokenizeConfig = field(default_factory=TokenizeConfig)
     transformer: TransformerRunConfig = field(default_factory=TransformerRunConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    evaluate: DemoEvaluationConfig = field(default_factory=DemoEvaluationConfig)
     prompts: tuple[str, ...] = ("a large red circle moves right slowly",)  # what the demo draws at its end

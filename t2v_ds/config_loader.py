@@ -57,10 +57,10 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: Iterabl
 
 def _refuse_urls(config: Any) -> None:
     """A URL where a folder must be: it would be taken for the name of one here."""
-    for name in ("out", "data", "tokenizer"):
+    for name in ("out", "data", "validation", "model", "tokenizer"):
         value = getattr(config, name, "")
         if isinstance(value, str) and is_url(value) and not (name == "data" and hasattr(config, "cache")):
-            hint = "; only training reads data at URLs" if name == "data" else ""
+            hint = "; only training reads data at URLs" if name in ("data", "validation") else ""
             raise ConfigError(f"setting '{name}' is {value}, a URL; allowed: a folder of this machine{hint}")
 
 

@@ -30,6 +30,7 @@ from t2v_ds.models.quantizer import QuantizerOutput
 logger = logging.getLogger(__name__)
 
 SSIM_WINDOW = 11  # pixels: a Gaussian of 1.5 pixels, cut at 3.5 sigma
+WEIGHTS_SETTING = "losses.perceptual_weights"
 RANDOM_SEED = 0  # of `perceptual_weights: random`; fixed, so that a resumed run measures with the same network
 DOWNLOAD_TIMEOUT_S = 30.0
 # Layers of torchvision's `features` whose output is compared, and the smallest image that reaches the last of them.
@@ -151,15 +152,15 @@ class PerceptualDistance(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: str, weights: str) -> None:
+    def __init__(self, network: str, weights: str, setting: str = WEIGHTS_SETTING) -> None:
         """Build `network` ("vgg16" or "squeezenet") with `weights` ("imagenet", "random", or the path of a state dict).
 
         Raises:
-            ConfigError: the weights cannot be downloaded or read, or belong to another network.
+            ConfigError: the weights cannot be downloaded or read, or belong to another network; names `setting`.
         """
         super().__init__()
         self.network = network
-        self.features = _build_features(network, weights)
+        self.features = _build_features(network, weights, setting)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
         self.requires_grad_(False)
@@ -195,7 +196,7 @@ def _require_size(images: Tensor, smallest: int, loss: str, what: str) -> None:
         )
 
 
-def _build_features(network: str, weights: str) -> nn.Sequential:
+def _build_features(network: str, weights: str, setting: str) -> nn.Sequential:
     from torchvision import models
 
     # On the meta device, because VGG16's classifier alone would take half a gigabyte and is not used.
@@ -207,13 +208,13 @@ def _build_features(network: str, weights: str) -> nn.Sequential:
         _initialise(features)
         logger.info("perceptual loss: %s with random weights (seed %d)", network, RANDOM_SEED)
         return features
-    state = _download(network) if weights == "imagenet" else _read_state_dict(Path(weights).expanduser())
+    state = _download(network, setting) if weights == "imagenet" else read_state_dict(Path(weights).expanduser(), setting)
     for name, parameter in features.state_dict().items():
         found = state.get(f"features.{name}")
         if found is None or found.shape != parameter.shape:
             has = "is missing" if found is None else f"has shape {list(found.shape)}"
             raise ConfigError(
-                f"setting 'losses.perceptual_weights' ({weights}) does not fit torchvision's {network}: "
+                f"setting '{setting}' ({weights}) does not fit torchvision's {network}: "
                 f"'features.{name}' {has}, expected {list(parameter.shape)}"
             )
         parameter.copy_(found)
@@ -230,7 +231,7 @@ def _initialise(features: nn.Sequential) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def _download(network: str) -> dict[str, Tensor]:
+def _download(network: str, setting: str) -> dict[str, Tensor]:
     """Read torchvision's pretrained weights from torch's cache, or download them into it."""
     from torchvision import models
 
@@ -240,28 +241,35 @@ def _download(network: str) -> dict[str, Tensor]:
     try:
         state: dict[str, Tensor] = known.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        without = ", or set losses.perceptual to 0" if setting == WEIGHTS_SETTING else ""
         raise ConfigError(
-            f"setting 'losses.perceptual_weights' is 'imagenet', but the weights of {network} can neither be downloaded nor read from "
-            f"torch's cache ({_first_line(error)}); give the path of a state dict, or 'random', or set losses.perceptual to 0"
+            f"setting '{setting}' is 'imagenet', but the weights of {network} can neither be downloaded nor read from "
+            f"torch's cache ({first_line(error)}); give the path of a state dict, or 'random'{without}"
         ) from error
     finally:
         socket.setdefaulttimeout(before)
     return state
 
 
-def _read_state_dict(path: Path) -> dict[str, Tensor]:
+def read_state_dict(path: Path, setting: str) -> dict[str, Tensor]:
+    """Tensors by name from a safetensors file or one that `torch.load` reads without unpickling objects.
+
+    Raises:
+        ConfigError: no file, cut or damaged, or something else than tensors by name; names `setting`.
+    """
     if not path.is_file():
         allowed = "'imagenet', 'random' or the path of a state dict"
-        raise ConfigError(f"setting 'losses.perceptual_weights' is '{path}', which is no file; allowed: {allowed}")
+        raise ConfigError(f"setting '{setting}' is '{path}', which is no file; allowed: {allowed}")
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
-        raise ConfigError(f"setting 'losses.perceptual_weights': {path} is no readable state dict ({_first_line(error)})") from error
+        raise ConfigError(f"setting '{setting}': {path} is no readable state dict ({first_line(error)})") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ConfigError(f"setting 'losses.perceptual_weights': {path} holds no state dict (names -> tensors)")
+        raise ConfigError(f"setting '{setting}': {path} holds no state dict (names -> tensors)")
     return state
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one short line."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__

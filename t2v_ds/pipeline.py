@@ -17,14 +17,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from t2v_ds.config import DemoConfig, EvaluateConfig, StoredTextConfig, require
+from t2v_ds.config import DemoConfig, DemoEvaluationConfig, StoredTextConfig, require
 from t2v_ds.config_loader import to_dict
 from t2v_ds.data.manifest import Manifest
-from t2v_ds.data.moving_shapes import combinations, draw, draw_clip, random_attributes
+from t2v_ds.data.moving_shapes import draw_clip
 from t2v_ds.data.prepare import prepare
 from t2v_ds.data.video import contact_sheet, write_png
 from t2v_ds.errors import ConfigError
-from t2v_ds.evaluation.faithfulness import accuracy, read_clip
+from t2v_ds.evaluation.faithfulness import UNSEEN, Prompted, choose_prompts, judge, prompt_of, true_clips
 from t2v_ds.evaluation.reconstruction import measure_reconstruction
 from t2v_ds.evaluation.report import write_report
 from t2v_ds.files import write_atomically
@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 RESULTS = "results.json"
-UNSEEN = 10**6  # clips from this number on were never in a training set
 
 
 class Stopwatch:
@@ -126,51 +125,8 @@ def _evaluate(config: DemoConfig, manifest: Manifest, tokenizer: Path, generator
     return results
 
 
-Prompted = tuple[str, str, str, bool]  # colour, shape, direction, held out
-
-
-def choose_prompts(count: int) -> list[Prompted]:
-    """Combinations to draw, spread evenly: the first half seen in training, the second half held out."""
-    chosen: list[Prompted] = []
-    for held_out, number in ((False, count - count // 2), (True, count // 2)):
-        triples = combinations(held_out)
-        order = np.random.Generator(np.random.PCG64(0)).permutation(len(triples))
-        chosen += [(*triples[order[i % len(triples)]], held_out) for i in range(number)]
-    return chosen
-
-
-def prompt_of(prompted: Prompted) -> str:
-    """The plainest caption of a combination."""
-    colour, shape, direction, _ = prompted
-    return f"a {colour} {shape} moves {direction}"
-
-
-def _draw(model: Generator, prompted: list[Prompted], config: EvaluateConfig) -> list[np.ndarray]:
+def _draw(model: Generator, prompted: list[Prompted], config: DemoEvaluationConfig) -> list[np.ndarray]:
     return model.generate([prompt_of(one) for one in prompted], config.sampling, batch=config.batch, progress=True)
-
-
-def true_clips(prompted: list[Prompted], seed: int, size: int, min_frames: int, max_frames: int) -> list[np.ndarray]:
-    """Clips as the source draws them for the same combinations, to check the program that judges."""
-    clips = []
-    for number, (colour, shape, direction, _) in enumerate(prompted):
-        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, UNSEEN, number])))
-        clips.append(draw(random_attributes(rng, colour, shape, direction), rng, size, min_frames, max_frames))
-    return clips
-
-
-def judge(prompted: list[Prompted], drawn: list[np.ndarray], true: list[np.ndarray]) -> dict[str, dict[str, float]]:
-    """Accuracy of colour, shape and direction: seen, held out, and for reference true clips with their own and with shuffled captions."""
-    wanted = [one[:3] for one in prompted]
-    readings, references = [read_clip(clip) for clip in drawn], [read_clip(clip) for clip in true]
-    shuffled = np.random.Generator(np.random.PCG64(1)).permutation(len(wanted))
-    seen = [i for i, one in enumerate(prompted) if not one[3]]
-    held_out = [i for i, one in enumerate(prompted) if one[3]]
-    return {
-        "seen": accuracy([readings[i] for i in seen], [wanted[i] for i in seen]),
-        "held out": accuracy([readings[i] for i in held_out], [wanted[i] for i in held_out]),
-        "true clips": accuracy(references, wanted),
-        "true clips, shuffled captions": accuracy(references, [wanted[i] for i in shuffled]),
-    }
 
 
 def _show(config: DemoConfig, model: Generator, prompted: list[Prompted], drawn: list[np.ndarray], out: Path) -> None:

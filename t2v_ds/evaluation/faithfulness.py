@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from t2v_ds.data.moving_shapes import COLOURS, DIRECTIONS, SHAPES, shape_mask
+from t2v_ds.data.moving_shapes import COLOURS, DIRECTIONS, SHAPES, combinations, draw, random_attributes, shape_mask
 
+UNSEEN = 10**6  # clips from this number on were never in a training set
 _SATURATED = 70  # largest minus smallest channel; backgrounds stay below 30, shapes above 160
 _UNIT_AREA = {"circle": np.pi, "square": 4.0, "triangle": 2.0}  # at radius 1
 _SMALLEST_AREA = 0.008  # of the frame; the smallest shape covers 0.03
@@ -91,3 +92,46 @@ def accuracy(readings: Sequence[Reading], wanted: Sequence[tuple[str, str, str]]
     result = {name: float(right[:, i].mean()) for i, name in enumerate(names)}
     result["all"] = float(right.all(axis=1).mean())
     return result
+
+
+Prompted = tuple[str, str, str, bool]  # colour, shape, direction, held out
+
+
+def choose_prompts(count: int) -> list[Prompted]:
+    """Combinations to draw, spread evenly: the first half seen in training, the second half held out."""
+    chosen: list[Prompted] = []
+    for held_out, number in ((False, count - count // 2), (True, count // 2)):
+        triples = combinations(held_out)
+        order = np.random.Generator(np.random.PCG64(0)).permutation(len(triples))
+        chosen += [(*triples[order[i % len(triples)]], held_out) for i in range(number)]
+    return chosen
+
+
+def prompt_of(prompted: Prompted) -> str:
+    """The plainest caption of a combination."""
+    colour, shape, direction, _ = prompted
+    return f"a {colour} {shape} moves {direction}"
+
+
+def true_clips(prompted: list[Prompted], seed: int, size: int, min_frames: int, max_frames: int) -> list[np.ndarray]:
+    """Clips as the source draws them for the same combinations, to check the program that judges."""
+    clips = []
+    for number, (colour, shape, direction, _) in enumerate(prompted):
+        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, UNSEEN, number])))
+        clips.append(draw(random_attributes(rng, colour, shape, direction), rng, size, min_frames, max_frames))
+    return clips
+
+
+def judge(prompted: list[Prompted], drawn: list[np.ndarray], true: list[np.ndarray]) -> dict[str, dict[str, float]]:
+    """Accuracy of colour, shape and direction: seen, held out, and for reference true clips with their own and with shuffled captions."""
+    wanted = [one[:3] for one in prompted]
+    readings, references = [read_clip(clip) for clip in drawn], [read_clip(clip) for clip in true]
+    shuffled = np.random.Generator(np.random.PCG64(1)).permutation(len(wanted))
+    seen = [i for i, one in enumerate(prompted) if not one[3]]
+    held_out = [i for i, one in enumerate(prompted) if one[3]]
+    return {
+        "seen": accuracy([readings[i] for i in seen], [wanted[i] for i in seen]),
+        "held out": accuracy([readings[i] for i in held_out], [wanted[i] for i in held_out]),
+        "true clips": accuracy(references, wanted),
+        "true clips, shuffled captions": accuracy(references, [wanted[i] for i in shuffled]),
+    }

@@ -20,9 +20,11 @@ from tqdm import tqdm
 
 from t2v_ds.config import SamplingConfig, TextConfig, TransformerConfig, VQVAEConfig
 from t2v_ds.config_loader import from_dict, to_dict
+from t2v_ds.data.collate import pack_codes
 from t2v_ds.errors import CheckpointError, ConfigError
 from t2v_ds.files import own_name
 from t2v_ds.models.exported import CONFIG_FILE, WEIGHTS_FILE, content_id, export_model, load_exported, load_state
+from t2v_ds.models.likelihood import bits_per_code
 from t2v_ds.models.sampling import sample_codes
 from t2v_ds.models.text import build_text_encoder
 from t2v_ds.models.transformer import VideoTransformer
@@ -234,6 +236,23 @@ class Generator:
         codes = [None if one is None else torch.from_numpy(self.tokenizer.encode(one).astype(np.int64)).to(self.device)
                  for one in (first_frames, None if last_frame is None else last_frame[None])]  # fmt: skip
         return codes[0], None if codes[1] is None else codes[1][0]
+
+    @torch.inference_mode()
+    def bits_per_code(self, codes: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
+        """How well the model foretells clips, each code given the caption and all codes before it.
+
+        Args:
+            codes: of each clip, integers [T, h, w], each with its own T, at most `max_frames` of the model.
+            captions: one a clip; the empty one is that of guidance.
+
+        Returns:
+            fp64 [B]: bits a code (negative log2 likelihood), the mean over each clip's codes; see `likelihood`.
+        """
+        batch = pack_codes(codes)
+        text, mask = (one.to(self.device) for one in self.text.encode(list(captions)))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            bits = bits_per_code(self.model, batch["codes"].to(self.device), batch["lengths"], text, mask)
+        return bits.cpu().numpy()
 
     def _draw(self, prompts: list[str], sampling: SamplingConfig, first: int, begin: Tensor | None, end: Tensor | None) -> list[np.ndarray]:
         text, mask = (one.to(self.device) for one in self.text.encode(prompts))

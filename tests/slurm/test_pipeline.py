@@ -27,6 +27,7 @@ TRANSFORMER=(
     model.width=16 model.layers=1 model.heads=2 model.max_frames=6 model.group=2 text.encoder=
     train.steps=200 train.batch=4 train.warmup_steps=2 train.precision=fp32 train.save_every=20 train.log_every=5
 )
+EVALUATE=(clips=4 training_clips=8 second_draws=2 shape_prompts=4 fvd.frames=2)
 PROMPTS=("a large red circle moves right slowly")
 """
 # Element 1 fails the first time that it runs; jobs do not read this repository's environment.
@@ -56,25 +57,32 @@ def undisturbed(slurm: Slurm) -> Path:
     out = slurm.folder / "undisturbed"
     (slurm.folder / "plain.env").write_text(CLUSTER_ENV.format(root=ROOT, flag="/nowhere"))
     said = pipeline(slurm, out, "--cluster", str(slurm.folder / "plain.env"))
-    assert [line.split()[0] for line in said.splitlines()[:8]] == [
-        "prepare", "pack", "vqvae_start", "vqvae_thread", "merge", "tokenize", "transformer", "generate",
+    assert [line.split()[0] for line in said.splitlines()[:9]] == [
+        "prepare", "pack", "vqvae_start", "vqvae_thread", "merge", "tokenize", "transformer", "generate", "evaluate",
     ]  # fmt: skip
-    slurm.wait(lambda: (out / "sheet.png").exists() and not slurm.queue(), "the pipeline's end", out / "logs")
+    slurm.wait(lambda: ended(out) and not slurm.queue(), "the pipeline's end", out / "logs", 360)
     return out
 
 
+def ended(out: Path) -> bool:
+    return (out / "sheet.png").exists() and (out / "evaluation/report.json").exists()
+
+
 def artefacts(out: Path) -> dict[str, bytes]:
-    names = ("tokenizer/model.safetensors", "tokens/manifest.json", "generator/model.safetensors", "generated.gif")
+    names = (
+        "tokenizer/model.safetensors", "tokens/manifest.json", "generator/model.safetensors", "generated.gif", "evaluation/report.json",
+    )  # fmt: skip
     return {name: (out / name).read_bytes() for name in names}
 
 
 def test_one_command_makes_everything_and_again_does_nothing(slurm: Slurm, undisturbed: Path) -> None:
     assert (undisturbed / "generated.gif").read_bytes().startswith(b"GIF8")
+    assert "stand-in FVD" in (undisturbed / "evaluation/report.md").read_text()
     assert "| merged |" in (undisturbed / "tokenizer/report.md").read_text()
     log = next((undisturbed / "logs").glob("transformer-*.log")).read_text()
     assert "rank 0 of 2" in log
     said = pipeline(slurm, undisturbed, "--cluster", str(slurm.folder / "plain.env"))
-    assert said.count(" finished") == 8
+    assert said.count(" finished") == 9
     assert said.endswith("nothing is left to do\n")
     assert not slurm.queue()
 
@@ -130,6 +138,6 @@ def test_through_failures_to_the_same_files(slurm: Slurm, undisturbed: Path) -> 
     crashed = slurm.call("scontrol", "show", "hostnames", nodes[0]).split()[-1] if nodes else ""
     if crashed:
         slurm.call(str(LOCAL_SLURM), "crash", crashed)
-    slurm.wait(lambda: (out / "sheet.png").exists(), "the pipeline's end", out / "logs")
+    slurm.wait(lambda: ended(out), "the pipeline's end", out / "logs", 360)
     assert crashed, "the transformer ended before its node could be crashed: give it more steps"
     assert artefacts(out) == artefacts(undisturbed)

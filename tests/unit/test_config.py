@@ -12,6 +12,7 @@ import pytest
 
 from t2v_ds.config import (
     DemoConfig,
+    DemoEvaluationConfig,
     EvaluateConfig,
     LossConfig,
     PrepareConfig,
@@ -31,7 +32,7 @@ from t2v_ds.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 RECIPES = {"demo": DemoConfig, "tgif_vqvae": VQVAERunConfig, "tgif_transformer": TransformerRunConfig}
-STAGES = (PrepareConfig, VQVAERunConfig, TransformerRunConfig, TokenizeConfig, SamplingConfig, DemoConfig)
+STAGES = (PrepareConfig, VQVAERunConfig, TransformerRunConfig, TokenizeConfig, SamplingConfig, EvaluateConfig, DemoConfig)
 
 
 def written(folder: Path, text: str | bytes) -> Path:
@@ -214,7 +215,7 @@ def test_every_setting_says_what_it_is_where_its_name_does_not() -> None:
         (TransformerRunConfig, {"caption_dropout": 1.0}),
         (TokenizeConfig, {"batch_frames": 0}),
         (SamplingConfig, {"top_p": 0.0}),
-        (EvaluateConfig, {"prompts": 1}),
+        (DemoEvaluationConfig, {"prompts": 1}),
     ]
     for cls, values in bad:
         with pytest.raises(ConfigError, match=re.escape("; allowed: ")):
@@ -230,6 +231,8 @@ def test_every_setting_says_what_it_is_where_its_name_does_not() -> None:
         (PrepareConfig, "out=file:///data", "a folder of this machine"),
         (VerifyConfig, "data=s3://bucket/raw", "only training reads data at URLs"),
         (TransformerRunConfig, "tokenizer=s3://bucket/t", "a folder of this machine"),
+        (EvaluateConfig, "validation=s3://bucket/tokens", "only training reads data at URLs"),
+        (EvaluateConfig, "model=s3://bucket/generator", "a folder of this machine"),
     ],
 )
 def test_a_url_where_a_folder_must_be_is_refused(cls: type[Any], override: str, hint: str) -> None:

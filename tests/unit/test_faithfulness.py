@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from t2v_ds.data.moving_shapes import COLOURS, DIRECTIONS, SHAPES, Attributes, draw
-from t2v_ds.evaluation.faithfulness import Reading, accuracy, read_clip
-from t2v_ds.pipeline import choose_prompts, judge, true_clips
+from t2v_ds.evaluation.faithfulness import Reading, accuracy, choose_prompts, judge, read_clip, true_clips
 
 CLIPS = 120
 NAMES = ("colour", "shape", "direction")
