@@ -24,7 +24,17 @@ from t2v_ds.data.moving_shapes import draw_clip
 from t2v_ds.data.prepare import prepare
 from t2v_ds.data.video import contact_sheet, write_png
 from t2v_ds.errors import ConfigError
-from t2v_ds.evaluation.faithfulness import UNSEEN, Prompted, choose_prompts, judge, prompt_of, true_clips
+from t2v_ds.evaluation.faithfulness import (
+    UNSEEN,
+    Prompted,
+    accuracy,
+    choose_prompts,
+    judge,
+    paraphrase_of,
+    prompt_of,
+    read_clip,
+    true_clips,
+)
 from t2v_ds.evaluation.reconstruction import measure_reconstruction
 from t2v_ds.evaluation.report import write_report
 from t2v_ds.files import write_atomically
@@ -120,6 +130,10 @@ def _evaluate(config: DemoConfig, manifest: Manifest, tokenizer: Path, generator
     prompted = choose_prompts(config.evaluate.prompts)
     drawn = _draw(model, prompted, config.evaluate)
     results["faithfulness"] = judge(prompted, drawn, true_clips(prompted, config.prepare.seed, size, low, high))
+    if config.transformer.text.encoder != "hashing":  # to which a word that it has not seen says nothing
+        seen = [one for one in prompted if not one[3]]
+        others = model.generate([paraphrase_of(one) for one in seen], config.evaluate.sampling, batch=config.evaluate.batch, progress=True)
+        results["faithfulness"]["seen, in other words"] = accuracy([read_clip(clip) for clip in others], [one[:3] for one in seen])
     _show(config, model, prompted, drawn, out)
     write_atomically(path, (json.dumps(results, indent=1) + "\n").encode())
     return results

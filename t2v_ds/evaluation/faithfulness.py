@@ -113,6 +113,24 @@ def prompt_of(prompted: Prompted) -> str:
     return f"a {colour} {shape} moves {direction}"
 
 
+# Words that no caption of the source holds, for what its captions say.
+OTHER_WORDS = {
+    "red": "crimson", "yellow": "golden", "green": "emerald", "cyan": "turquoise", "blue": "navy", "purple": "violet",
+    "circle": "disc", "square": "box", "triangle": "pyramid",
+    "left": "to the left", "right": "to the right", "up": "upwards", "down": "downwards",
+}  # fmt: skip
+
+
+def paraphrase_of(prompted: Prompted) -> str:
+    """The same in words that were never trained on: only an encoder that knows what words mean can tell.
+
+    >>> paraphrase_of(("red", "circle", "right", False))
+    'a crimson disc drifts to the right'
+    """
+    colour, shape, direction = (OTHER_WORDS[word] for word in prompted[:3])
+    return f"a {colour} {shape} drifts {direction}"
+
+
 def true_clips(prompted: list[Prompted], seed: int, size: int, min_frames: int, max_frames: int) -> list[np.ndarray]:
     """Clips as the source draws them for the same combinations, to check the program that judges."""
     clips = []

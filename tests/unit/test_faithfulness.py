@@ -5,8 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from t2v_ds.data.moving_shapes import COLOURS, DIRECTIONS, SHAPES, Attributes, draw
-from t2v_ds.evaluation.faithfulness import Reading, accuracy, choose_prompts, judge, read_clip, true_clips
+from t2v_ds.data.moving_shapes import COLOURS, DIRECTIONS, SHAPES, Attributes, draw, draw_clip
+from t2v_ds.evaluation.faithfulness import (
+    OTHER_WORDS,
+    Reading,
+    accuracy,
+    choose_prompts,
+    judge,
+    paraphrase_of,
+    read_clip,
+    true_clips,
+)
 
 CLIPS = 120
 NAMES = ("colour", "shape", "direction")
@@ -73,3 +82,13 @@ def test_accuracy_by_hand() -> None:
     assert accuracy(readings, wanted) == {"colour": 0.75, "shape": 0.5, "direction": 0.5, "all": 0.5}
     with pytest.raises(ValueError, match="zip"):
         accuracy(readings, wanted[:1])
+
+
+def test_paraphrases_say_the_same_in_words_that_no_caption_holds() -> None:
+    assert set(OTHER_WORDS) == {*COLOURS, *SHAPES, *DIRECTIONS}
+    said = {word for i in range(300) for word in draw_clip(i, 0, 16, 2, 3)[2].split()}
+    assert {*COLOURS, *SHAPES, *DIRECTIONS} <= said
+    for prompted in choose_prompts(20):
+        words = set(paraphrase_of(prompted).split())
+        assert words & said <= {"a", *DIRECTIONS}  # "to the left" must say left
+        assert len(words & {OTHER_WORDS[word].split()[-1] for word in prompted[:3]}) == 3
