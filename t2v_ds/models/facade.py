@@ -80,6 +80,11 @@ class Tokenizer:
         model: the VQVAE, in eval mode.
     """
 
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, device: str | torch.device = "cpu", precision: str = "fp32") -> Tokenizer:
+        """`load_tokenizer` of a folder, or of a repository of the Hugging Face Hub."""
+        return load_tokenizer(_folder_of(name_or_path), device, precision)
+
     def __init__(self, model: VQVAE, tokenizer_id: str, device: torch.device, precision: str = "fp32", batch: int = 64) -> None:
         self.model = model.to(device).eval().requires_grad_(False)
         self.tokenizer_id, self.device, self.batch = tokenizer_id, device, batch
@@ -174,6 +179,11 @@ class Generator:
         tokenizer: decodes the codes.
         frame_duration_ms: how long a frame is shown.
     """
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, device: str | torch.device = "cpu", precision: str = "fp32") -> Generator:
+        """`load_generator` of a folder, or of a repository of the Hugging Face Hub."""
+        return load_generator(_folder_of(name_or_path), None, device, precision)
 
     def __init__(self, model: VideoTransformer, tokenizer: Tokenizer, config: dict[str, Any], device: torch.device, precision: str) -> None:
         self.model = model.to(device).eval().requires_grad_(False)
@@ -286,6 +296,24 @@ def load_generator(
     decoder = load_tokenizer(where, device, precision)
     require_same_tokenizer(config["tokenizer_id"], f"generator {folder}", decoder.tokenizer_id, str(where))
     return Generator(model, decoder, config, torch.device(device), precision)
+
+
+def _folder_of(name_or_path: str | Path) -> Path:
+    """A folder as it is, or a repository's files, fetched; only settings and safetensors are.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    from huggingface_hub import snapshot_download
+
+    files = [f"{folder}{name}" for folder in ("", f"{TOKENIZER_FOLDER}/") for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    try:
+        return Path(snapshot_download(str(name_or_path), allow_patterns=files))
+    except Exception as error:  # of the name, of the network, of the hub: each library below raises its own
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"'{name_or_path}' is neither a folder nor a model that can be fetched from the hub: {reason}") from error
 
 
 def require_same_tokenizer(needed: str, what: str, found: str, where: str) -> None:

@@ -50,6 +50,11 @@ MONITOR_FOLDER = "tensorboard"
 class Objective(nn.Module, abc.ABC):
     """A model with all that training it takes. Trainable parameters and buffers must be registered in it."""
 
+    @property
+    def parameters_trained(self) -> int:
+        """How many numbers are trained, wherever they are partitioned."""
+        return sum(int(getattr(one, "ds_numel", one.numel())) for one in self.parameters() if one.requires_grad)
+
     @abc.abstractmethod
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """The whole loss (scalar) of one micro-batch and its detached scalar metrics by name, the same names on all ranks.

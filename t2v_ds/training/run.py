@@ -31,6 +31,7 @@ from t2v_ds.models.text import StoredTextEncoder, TextEncoder, build_text_encode
 from t2v_ds.training.distributed import connect
 from t2v_ds.training.ds_config import accumulation_steps
 from t2v_ds.training.loop import seed_generators, total_steps, train
+from t2v_ds.training.model_card import write_model_card
 from t2v_ds.training.objectives import Clips, TransformerObjective, VQVAEObjective
 from t2v_ds.training.sequence_parallel import Ulysses
 from t2v_ds.training.variation import join, vary
@@ -80,10 +81,13 @@ def train_vqvae(config: VQVAERunConfig) -> dict[str, float]:
             random_frames(config.frames_per_clip), micro, _order(clips, config),
         )  # fmt: skip
         with stream:
-            return train(
+            metrics = train(
                 objective, stream, config.train, Path(config.out), config.seed, settings, frames_batch,
                 accept_new_data=config.accept_new_data, description="vqvae",
             )  # fmt: skip
+        if collectives.rank == 0:
+            write_model_card(Path(config.out), "tokenizer", objective.parameters_trained, settings, metrics, dataset.manifest)
+        return metrics
 
 
 def _opened(config: VQVAERunConfig | TransformerRunConfig) -> LocalFolder | CachedFolder:
@@ -191,6 +195,8 @@ def train_transformer(config: TransformerRunConfig) -> dict[str, float]:
                 accept_new_data=config.accept_new_data, description="transformer",
             )  # fmt: skip
         text.log_truncated()
+        if collectives.rank == 0:
+            write_model_card(Path(config.out), "generator", objective.parameters_trained, settings, metrics, dataset.manifest)
         return metrics
 
 
