@@ -480,8 +480,8 @@ class SamplingConfig:
 
     temperature: float = 1.0
     top_k: int = 0  # 0: all codes
-    top_p: float = 0.9  # 1: all codes
-    guidance: float = 1.5  # classifier-free guidance scale; 1: off
+    top_p: float = 0.97  # 1: all codes. Low values lose what is rare at every position, such as where a shape begins
+    guidance: float = 1.2  # classifier-free guidance scale; 1: off
     guidance_schedule: str = "constant"  # "frames": falls to 1 at the last frame; "passes": rises from 1 within each frame
     frames: int = 0  # exact number of frames; 0: until the model ends the clip
     passes: int = 8  # decoding "frame": forward passes a frame
