@@ -3,7 +3,7 @@
     .venv/bin/python tests/bench/spec_step.py [vqvae] [transformer] [--layers 8] [--precision bf16]
 
 VQ-VAE: 40 frames of 128 x 128, codebook 1024 x 256, losses of configs/tgif_vqvae.yaml (perceptual: VGG16 with random weights).
-Transformer: hidden 512, one clip of 40 x 32 x 32 = 40,960 codes, activation checkpointing. DeepSpeed engine, ZeRO stage 1.
+Transformer: configs/tgif_transformer.yaml (hidden 512), one clip of 40 x 32 x 32 = 40,960 codes. DeepSpeed engine, ZeRO stage 1.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def measure(model: str, layers: int, precision: str) -> tuple[float, float, floa
     from t2v_ds.training.distributed import connect
     from t2v_ds.training.engine import Engine
     from t2v_ds.training.objectives import Clips, TransformerObjective, VQVAEObjective
+    from t2v_ds.training.variation import join, vary
 
     torch.manual_seed(0)
     collectives = connect()
@@ -47,8 +48,9 @@ def measure(model: str, layers: int, precision: str) -> tuple[float, float, floa
         text = build_text_encoder(run.text)
         objective = TransformerObjective(run, tokenizer, text, Clips(15, 40, 100), [])
         vectors, mask = text.encode(["a chocolate cookie is being placed in a white ice cream cone ."])
-        codes = torch.randint(0, 1024, (1, 40, 32, 32))
-        batch = {"codes": codes, "lengths": torch.tensor([40]), "starts": torch.tensor([-1]), "text": vectors, "mask": mask}
+        rng = np.random.default_rng(0)
+        batch = join([vary(rng.integers(1024, size=(40, 32, 32), dtype=np.uint16), rng, run)])
+        batch.update(text=vectors, mask=mask)
     parameters = sum(p.numel() for p in objective.parameters())
     engine = Engine(objective, (config if model == "vqvae" else run).train, 0, collectives, 1000)
     batch = engine.to_device(batch)
