@@ -135,7 +135,7 @@ def _frame_by_frame(frames: QKV, words: QKV, layout: Layout, reach: int) -> Tens
 
     def compute(group: Group, *streams: Tensor) -> Tensor:  # q, k, v of a stream, of the next: [n, T, P, heads, D]
         # Taken apart once and put together per frame: the gradient of a slice would be as large as the whole clip.
-        q, k, v = (x.unbind(1) for x in streams[:3])
+        (q, k, v), own = (x.unbind(1) for x in streams[:3]), [x.unbind(1) for x in streams[3:]]
         k_words, v_words = words.k[group.clips], words.v[group.clips]
         clean, masked = [], []
         for t in range(group.length):
@@ -145,7 +145,7 @@ def _frame_by_frame(frames: QKV, words: QKV, layout: Layout, reach: int) -> Tens
             mask = causal_tail(layout.positions, keys.shape[1], keys.device) if causal else None
             clean.append(attend(q[t], keys, torch.cat([*v_before, v[t]], dim=1), mask))
             if not causal:
-                q_own, k_own, v_own = (x[:, t] for x in streams[3:])
+                q_own, k_own, v_own = (x[t] for x in own)
                 masked.append(attend(q_own, torch.cat([*k_before, k_own], dim=1), torch.cat([*v_before, v_own], dim=1)))
         y = torch.stack(clean, dim=1)
         return y if causal else torch.stack([y, torch.stack(masked, dim=1)], dim=2)  # [n, T, (S,) P, heads, D]

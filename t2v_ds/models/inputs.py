@@ -9,6 +9,7 @@ What moves, moves little, and edges go on: convolutions over what is drawn alrea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,11 +67,13 @@ class Inputs(nn.Module):
             embedded = embedded + self.tables[slot](known[..., slot])
         return embedded if self.masked is None else torch.where(hidden, self.masked, embedded)
 
-    def forward(self, current: Tensor, before: Tensor, opens: Tensor, caption: Tensor, where: Where, goals: Goals | None = None) -> Tensor:
+    def forward(
+        self, streams: Sequence[Tensor], before: Tensor, opens: Tensor, caption: Tensor, where: Where, goals: Goals | None = None
+    ) -> Tensor:
         """Inputs of rows of frames.
 
         Args:
-            current: int64 [F, P, G], the frames, of which decoding "token" sees what lies before each position.
+            streams: of each stream int64 [F, P, G], the frames, of which decoding "token" sees what lies before each position.
             before: int64 [F, P, G], the frame before each of them.
             opens: bool [F], where there is none.
             caption: [B, width].
@@ -78,14 +81,17 @@ class Inputs(nn.Module):
             goals: last frames that are given.
 
         Returns:
-            [F, rows * side, width]
+            [S, F, rows * side, width]
         """
-        own = self.rows(current, where)  # [F, rows and margins, side, width]
-        x = own[:, self.margin : own.shape[1] - self.margin]
-        if self.config.decoding == "token":
-            x = self._codes_before(x, current, before, opens, where)
-        x = x + self.near_own(own) + self.standing(before, opens, caption, where, goals)
-        return x.flatten(1, 2)
+        standing = self.standing(before, opens, caption, where, goals)
+        fed = []
+        for current in streams:
+            own = self.rows(current, where)  # [F, rows and margins, side, width]
+            x = own[:, self.margin : own.shape[1] - self.margin]
+            if self.config.decoding == "token":
+                x = self._codes_before(x, current, before, opens, where)
+            fed.append((x + self.near_own(own) + standing).flatten(1, 2))
+        return torch.stack(fed)
 
     def standing(self, before: Tensor, opens: Tensor, caption: Tensor, where: Where, goals: Goals | None = None) -> Tensor:
         """The part of the inputs that does not depend on the frame itself: [F, rows, side, width]; see `forward`."""

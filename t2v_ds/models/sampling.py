@@ -108,7 +108,7 @@ class CachedStates:
     def _fed(self, frames: list[Tensor], current: Tensor) -> Tensor:
         opens = torch.full_like(self.clip, not frames, dtype=torch.bool)
         before = frames[-1] if frames else current.clamp_min(0)
-        return self.model.inputs(current, before, opens, self.caption, self._where(len(frames)), self.goals)  # type: ignore[no-any-return]
+        return self.model.inputs([current], before, opens, self.caption, self._where(len(frames)), self.goals)[0]  # type: ignore[no-any-return]
 
     def masked(self, frames: list[Tensor], current: Tensor) -> Tensor:
         return self.model.new_states(self._fed(frames, current), self.words, self.caches, len(frames), 0)

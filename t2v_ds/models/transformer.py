@@ -220,13 +220,11 @@ class VideoTransformer(nn.Module):
         groups = self.to_groups(codes)
         before = groups.roll(1, 0)  # of a clip's first frame, another's last: not looked at
         goals = self._goals(groups, layout, starting, last_given)
-        fed = [self.inputs(current, before, layout.number == 0, caption, where, goals) for current in self._streams(groups, masked)]
-        x = layout.join(words[:, :prefix], torch.stack(fed))
+        streams = [groups] if masked is None else [groups, groups.masked_fill(masked[..., None], -1)]
+        fed = self.inputs(streams, before, layout.number == 0, caption, where, goals)
+        x = layout.join(words[:, :prefix], fed)
         context = Context(layout, self.turns(where, layout.clips * prefix, layout.streams), words, self.parallel)
         return layout.split(self.states(x, context))[1], layout, own
-
-    def _streams(self, groups: Tensor, masked: Tensor | None) -> list[Tensor]:
-        return [groups] if masked is None else [groups, groups.masked_fill(masked[..., None], -1)]
 
     def _own_rows(self) -> tuple[int, int]:
         side = self.config.side
