@@ -84,14 +84,15 @@ class Inputs(nn.Module):
             [S, F, rows * side, width]
         """
         standing = self.standing(before, opens, caption, where, goals)
-        fed = []
-        for current in streams:
-            own = self.rows(current, where)  # [F, rows and margins, side, width]
-            x = own[:, self.margin : own.shape[1] - self.margin]
-            if self.config.decoding == "token":
-                x = self._codes_before(x, current, before, opens, where)
-            fed.append((x + self.near_own(own) + standing).flatten(1, 2))
-        return torch.stack(fed)
+        return torch.stack([(self.moving(current, before, opens, where) + standing).flatten(1, 2) for current in streams])
+
+    def moving(self, current: Tensor, before: Tensor, opens: Tensor, where: Where) -> Tensor:
+        """The part of the inputs that depends on the frame itself: [F, rows, side, width]; see `forward`."""
+        own = self.rows(current, where)  # [F, rows and margins, side, width]
+        x = own[:, self.margin : own.shape[1] - self.margin]
+        if self.config.decoding == "token":
+            x = self._codes_before(x, current, before, opens, where)
+        return x + self.near_own(own)
 
     def standing(self, before: Tensor, opens: Tensor, caption: Tensor, where: Where, goals: Goals | None = None) -> Tensor:
         """The part of the inputs that does not depend on the frame itself: [F, rows, side, width]; see `forward`."""

@@ -102,13 +102,23 @@ class CachedStates:
         self.caches = model.start_caches(self.words)
         self.clip = torch.arange(len(self.words), device=self.words.device)
 
+        self._frame = -1  # of which `_standing` is
+
     def _where(self, frame: int) -> Where:
         return Where(self.clip, torch.full_like(self.clip, frame), 0, self.model.config.side)
 
-    def _fed(self, frames: list[Tensor], current: Tensor) -> Tensor:
+    def _begin(self, frames: list[Tensor], current: Tensor) -> tuple[Tensor, Tensor, Where]:
+        """What inputs need to know of the frames before; what all passes of a frame share is computed in the first."""
         opens = torch.full_like(self.clip, not frames, dtype=torch.bool)
-        before = frames[-1] if frames else current.clamp_min(0)
-        return self.model.inputs([current], before, opens, self.caption, self._where(len(frames)), self.goals)[0]  # type: ignore[no-any-return]
+        before, where = frames[-1] if frames else current.clamp_min(0), self._where(len(frames))
+        if self._frame != len(frames):
+            self._frame = len(frames)
+            self._standing = self.model.inputs.standing(before, opens, self.caption, where, self.goals)
+        return before, opens, where
+
+    def _fed(self, frames: list[Tensor], current: Tensor) -> Tensor:
+        known = self._begin(frames, current)
+        return (self.model.inputs.moving(current, *known) + self._standing).flatten(1, 2)
 
     def masked(self, frames: list[Tensor], current: Tensor) -> Tensor:
         return self.model.new_states(self._fed(frames, current), self.words, self.caches, len(frames), 0)
@@ -121,9 +131,7 @@ class CachedStates:
         inputs, side = self.model.inputs, self.model.config.side
         row, column = divmod(position, side)
         if position == 0:
-            opens = torch.full_like(self.clip, not frames, dtype=torch.bool)
-            before = frames[-1] if frames else current
-            self._standing = inputs.standing(before, opens, self.caption, self._where(len(frames)), self.goals).flatten(1, 2)
+            self._begin(frames, current)
             assert inputs.start is not None
             self._previous = inputs.embed(frames[-1][:, -1:]) if frames else inputs.start.expand(len(current), 1, -1)
         else:
@@ -131,7 +139,7 @@ class CachedStates:
         if column == 0:
             where = replace(self._where(len(frames)), first=row, end=row + 1)
             self._row = inputs.near_own(inputs.rows(current, where)).flatten(1, 2)
-        fed = self._previous + self._row[:, column : column + 1] + self._standing[:, position : position + 1]
+        fed = self._previous + self._row[:, column : column + 1] + self._standing[:, row, column : column + 1]
         return self.model.new_states(fed, self.words, self.caches, len(frames), position)
 
 
