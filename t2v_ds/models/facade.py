@@ -304,8 +304,9 @@ def _folder_of(name_or_path: str | Path) -> Path:
     Raises:
         CheckpointError: it is neither.
     """
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path)
+    with contextlib.suppress(OSError):  # a name too long to be a file's
+        if Path(name_or_path).is_dir():
+            return Path(name_or_path)
     from huggingface_hub import snapshot_download
 
     files = [f"{folder}{name}" for folder in ("", f"{TOKENIZER_FOLDER}/") for name in (CONFIG_FILE, WEIGHTS_FILE)]

@@ -5,21 +5,21 @@ The front matter is what the Hugging Face Hub reads of a model card (https://hug
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-import t2v_ds
 from t2v_ds.data.manifest import Manifest
 from t2v_ds.files import write_atomically
 
 CARD = "README.md"
 TITLES = {"tokenizer": "Residual VQ-VAE: frames of animated GIFs to codes and back", "generator": "Text to animated GIFs"}
 LOADS = {
-    "tokenizer": """tokenizer = t2v_ds.Tokenizer.from_pretrained("{name}")
+    "tokenizer": """tokenizer = t2v_ds.Tokenizer.from_pretrained("THIS/FOLDER")
 codes = tokenizer.encode(frames)                            # uint8 [T, H, W, 3] -> uint16 [T, h, w]""",
-    "generator": """generator = t2v_ds.Generator.from_pretrained("{name}")
+    "generator": """generator = t2v_ds.Generator.from_pretrained("THIS/FOLDER")
 [clip] = generator.generate("a red circle moves right")     # uint8 [T, H, W, 3]""",
 }
 
@@ -46,8 +46,8 @@ def write_model_card(
     lines = [
         "---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "",
         f"# {TITLES[kind]}", "",
-        f"{parameters / 1e6:.1f} million parameters, trained with t2v_ds {t2v_ds.__version__}.", "",
-        "```python", "import t2v_ds", LOADS[kind].format(name=folder.name), "```", "",
+        f"{parameters / 1e6:.1f} million parameters, trained with t2v_ds {version('t2v_ds')}.", "",
+        "```python", "import t2v_ds", LOADS[kind], "```", "",
         "## Data", "",
         f"{data.total_clips} clips, {data.total_frames} frames of {data.image_size} x {data.image_size} pixels; digest "
         f"`{data.digest()[:16]}`; source: `{data.source}`. Whose clips these are, and what their licences allow, is for whoever gives the "

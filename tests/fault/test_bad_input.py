@@ -288,7 +288,7 @@ def test_other_peoples_files_are_never_replaced(trained: Trained, tmp_path: Path
     assert contents(source) == kept
     shutil.copytree(trained.tokenizer, mine / "tokenizer")
     before = contents(mine)
-    sentence = said(t2v("train-transformer", "--data", trained.tokens, "--out", mine, "train.steps=1"))
+    sentence = said(t2v("train-transformer", "--data", trained.tokens, "--out", mine, "train.steps=1", "text.encoder="))
     assert f"{mine / 'tokenizer'} would be replaced, but holds" in sentence
     assert {name: data for name, data in contents(mine).items() if name in before} == before
 
