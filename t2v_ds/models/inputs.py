@@ -127,11 +127,12 @@ class Inputs(nn.Module):
     def _codes_before(self, own: Tensor, current: Tensor, before: Tensor, opens: Tensor, where: Where) -> Tensor:
         """For each position the embedding of the one before it in raster order, in the frame before if it is the first."""
         flat = own.flatten(1, 2)
+        assert self.start is not None
         if where.first:
             at = where.first * self.side - 1
-            previous = self.embed(current[:, at : at + 1])
+            # Used though it adds nothing: ranks that share a clip must have the same gradients to exchange.
+            previous = self.embed(current[:, at : at + 1]) + 0 * self.start
         else:
-            assert self.start is not None
             previous = torch.where(opens[:, None, None], self.start, self.embed(before[:, -1:]))
         return torch.cat([previous, flat[:, :-1]], dim=1).view_as(own)
 
