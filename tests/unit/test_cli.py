@@ -20,7 +20,7 @@ from t2v_ds.config_loader import to_dict
 from t2v_ds.errors import ConfigError, DataError
 from tests.helpers import environment
 
-VERBS = ["prepare", "index", "verify", "train-vqvae", "merge", "tokenize", "train-transformer", "generate", "demo", "doctor"]
+VERBS = ["prepare", "index", "verify", "train-vqvae", "merge", "tokenize", "plan", "train-transformer", "generate", "demo", "doctor"]
 
 
 @pytest.fixture
