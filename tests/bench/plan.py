@@ -26,16 +26,19 @@ from pathlib import Path
 from typing import Any
 
 CASES: list[dict[str, Any]] = [
-    {"frames": [8], "model": {"width": 384, "layers": 6, "heads": 6, "decoding": "token", "attention": "full"}, "precision": "bf16"},
+    {"frames": [4], "model": {"width": 384, "layers": 6, "heads": 6, "decoding": "token", "attention": "full"}, "precision": "bf16"},
     {
-        "frames": [5, 4],
-        "model": {"width": 256, "layers": 8, "heads": 8, "kv_heads": 4, "decoding": "frame", "attention": "factorised", "loss_tile": 2048},
+        "frames": [8, 6],
+        "model": {
+            "width": 256, "layers": 8, "heads": 8, "kv_heads": 4, "group": 2, "decoding": "frame", "attention": "factorised",
+            "loss_tile": 1024,
+        },
         "precision": "fp32",
     },
     {
-        "frames": [10],
+        "frames": [5],
         "model": {
-            "width": 512, "layers": 8, "heads": 8, "decoding": "token", "attention": "window", "window_frames": 2, "conditioning": "cross",
+            "width": 512, "layers": 6, "heads": 8, "decoding": "token", "attention": "window", "window_frames": 2, "conditioning": "cross",
             "activation_checkpointing": True,
         },
         "precision": "bf16",
