@@ -28,6 +28,7 @@ from t2v_ds.config import (
     EvaluateConfig,
     IndexConfig,
     MergeConfig,
+    PlanConfig,
     PrepareConfig,
     SamplingConfig,
     TokenizeConfig,
@@ -35,7 +36,7 @@ from t2v_ds.config import (
     VerifyConfig,
     VQVAERunConfig,
 )
-from t2v_ds.config_loader import load_config, resolve_recipe
+from t2v_ds.config_loader import load_config, load_plan, resolve_recipe
 from t2v_ds.errors import ConfigError, DataError, UserError, nearest
 
 
@@ -48,6 +49,7 @@ class Flag:
     metavar: str = "DIR"
     many: bool = False  # takes several values
     switch: bool = False  # takes no value: true
+    number: bool = False
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,23 @@ def _tokenize(config: TokenizeConfig, _: argparse.Namespace) -> None:
         print(f"  text vectors of {stored.identity}; {manifest.text_truncated} captions are cut to text.tokens={stored.settings.tokens}")
 
 
+def _plan(config: tuple[PlanConfig, Any], flags: argparse.Namespace) -> None:
+    settings, run = config
+    if flags.json and not Path(flags.json).absolute().parent.is_dir():
+        raise ConfigError(f"--json is {flags.json!r}, but {Path(flags.json).parent} is no folder")
+    from t2v_ds.files import write_atomically
+    from t2v_ds.training.planning.fit import changes_that_fit
+    from t2v_ds.training.planning.planner import Planner
+    from t2v_ds.training.planning.report import to_json, write_text
+
+    planner = Planner(settings)
+    plan = planner.complete(planner.plan(run))
+    changes = [] if plan.fits else changes_that_fit(plan, planner)
+    print(write_text(plan, changes))
+    if flags.json:
+        write_atomically(Path(flags.json), (json.dumps(to_json(plan, changes), indent=1) + "\n").encode())
+
+
 def _generate(config: SamplingConfig, flags: argparse.Namespace) -> None:
     if not flags.model:
         raise ConfigError("--model is not given; name the folder that t2v train-transformer wrote")
@@ -288,6 +307,21 @@ VERBS: dict[str, Verb] = {
         (Flag("data", "folder written by t2v prepare"), Flag("tokenizer", "folder written by t2v train-vqvae"), OUT),
         _tokenize,
     ),
+    "plan": Verb(
+        "what a training run takes: memory of each GPU, time, and what to change where it does not fit",
+        "Runs the real model's forward and backward pass on tensors without data, adds what DeepSpeed holds, and says how much memory\n"
+        "each GPU needs, how long the run takes, and whether it fits; if not, what makes it fit. Nothing is trained, no GPU is needed.\n"
+        "YAML is a recipe of t2v train-transformer or train-vqvae; all settings of those can be given as well (see their --help).",
+        "t2v plan --config tgif_transformer --gpus 8 --memory 80 clips=100000 train.micro_batch=2",
+        PlanConfig,
+        (
+            Flag("gpus", "of the run", "N", number=True),
+            Flag("memory", "of each GPU, GiB (default: what the accelerator has)", "GIB", number=True),
+            Flag("data", "folder that the run would train on: its clips are counted"),
+            Flag("measure", "run a step of two layers here, and tell the time from it (without GPU: accelerator=cpu)", switch=True),
+        ),
+        _plan,
+    ),
     "train-transformer": Verb(
         "token shards -> generator",
         "Trains the transformer that turns captions into codes." + LAUNCH.format(verb="train-transformer"),
@@ -364,6 +398,8 @@ def _parser(name: str, verb: Verb) -> _Parser:
             parser.add_argument(f"--{flag.name.replace('_', '-')}", action="store_const", const=True, help=flag.help)
         else:
             parser.add_argument(f"--{flag.name.replace('_', '-')}", metavar=flag.metavar, help=flag.help, nargs="+" if flag.many else None)
+    if name == "plan":
+        parser.add_argument("--json", metavar="FILE", help="also write all figures, in bytes, seconds and FLOPs")
     if name == "generate":
         parser.add_argument("--model", metavar="DIR", help="folder written by t2v train-transformer")
         parser.add_argument("--prompt", action="append", metavar="TEXT", help="what to draw; may be given several times")
@@ -428,9 +464,11 @@ def run(arguments: Sequence[str]) -> None:
             setattr(flags, flag.name, [value for value in values if value not in settings])
     config = None
     if verb.config is not None:
-        given = [f"{flag.name}={json.dumps(getattr(flags, flag.name))}" for flag in verb.flags if getattr(flags, flag.name) is not None]
+        values = {flag: getattr(flags, flag.name) for flag in verb.flags if getattr(flags, flag.name) is not None}
+        given = [f"{flag.name}={value if flag.number else json.dumps(value)}" for flag, value in values.items()]
         recipe = flags.config or verb.recipe
-        config = load_config(verb.config, resolve_recipe(recipe) if recipe else None, [*given, *flags.overrides])
+        path, settings = resolve_recipe(recipe) if recipe else None, [*given, *flags.overrides]
+        config = load_plan(path, settings) if verb.config is PlanConfig else load_config(verb.config, path, settings)
     verb.run(config, flags)
 
 

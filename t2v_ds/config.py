@@ -553,6 +553,35 @@ class PerceptualConfig:
 
 
 @dataclass
+class PlanConfig:
+    """What a training run takes, found before it is started. The run's own settings are given beside these."""
+
+    gpus: int = 1  # of the run, one process each
+    memory: float = 0.0  # GiB of each; 0: what the accelerator has (cpu: this machine's, divided by the processes)
+    accelerator: str = "h100"  # h100, h100-pcie, h200, b200, a100, a100-40gb, l40s, l4, rtx4090, or cpu
+    peak_tflops: float = 0.0  # of each, in the run's precision, dense matrices; 0: of the accelerator's data sheet
+    mfu: float = 0.4  # share of the peak that is reached; what checkpointing computes again counts as reached
+    measure: bool = False  # run a step of two layers on this machine, and tell the time from that
+    overhead: float = -1.0  # GiB of each that no tensor holds; -1: 1.5 on a GPU, 0.8 on a CPU
+    clips: int = 0  # of the data, for the length of the run; 0: those of --data
+    frames: float = 0.0  # of a clip on average; 0: those of --data, or the longest
+    longest: int = 0  # frames of the longest clip; 0: of --data, or model.max_frames
+    text_width: int = 0  # of a Hugging Face text encoder's vectors, such as 768; not needed for "hashing"
+
+    def __post_init__(self) -> None:
+        require(self.gpus >= 1, "gpus", self.gpus, ">= 1")
+        require(self.memory >= 0, "memory", self.memory, ">= 0 GiB")
+        require(self.peak_tflops >= 0, "peak_tflops", self.peak_tflops, ">= 0 TFLOP/s")
+        require(0 < self.mfu <= 1, "mfu", self.mfu, "above 0, up to 1")
+        require(self.overhead >= 0 or self.overhead == -1, "overhead", self.overhead, ">= 0 GiB, or -1")
+        require(self.clips >= 0, "clips", self.clips, ">= 0")
+        require(self.frames == 0 or self.frames >= 1, "frames", self.frames, ">= 1, or 0")
+        require(self.longest >= 0, "longest", self.longest, ">= 0")
+        require(self.longest == 0 or self.frames <= self.longest, "frames", self.frames, f"up to longest ({self.longest})")
+        require(0 <= self.text_width <= 8192, "text_width", self.text_width, "0 to 8192")
+
+
+@dataclass
 class EvaluateConfig:
     """Generator + token shards -> a report of what it has learned."""
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from t2v_ds.config import PRESETS, TransformerConfig
+from t2v_ds.config import PRESETS, PlanConfig, TransformerConfig, TransformerRunConfig, VQVAERunConfig
 from t2v_ds.errors import ConfigError, nearest
 from t2v_ds.files import is_url
 
@@ -34,6 +34,47 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: Iterabl
     Raises:
         ConfigError: unreadable file, unknown key (names the nearest valid ones), wrong type, or value out of range.
     """
+    data, origin = _read_settings(path, overrides)
+    config = from_dict(cls, data, origin)
+    _refuse_urls(config)
+    return config
+
+
+def load_plan(path: str | Path | None = None, overrides: Iterable[str] = ()) -> tuple[PlanConfig, TransformerRunConfig | VQVAERunConfig]:
+    """Build a `PlanConfig` and the run that is planned, whose settings stand beside one another.
+
+    The run is a VQVAERunConfig where more of the settings are ones of it, else a TransformerRunConfig.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    data, origin = _read_settings(path, overrides)
+    own = [f.name for f in dataclasses.fields(PlanConfig)]
+    rest = {key: value for key, value in data.items() if key not in own}
+    vqvae = _unknown(VQVAERunConfig, rest) < _unknown(TransformerRunConfig, rest)
+    cls: type[TransformerRunConfig] | type[VQVAERunConfig] = VQVAERunConfig if vqvae else TransformerRunConfig
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key in rest:
+        if key not in names:
+            raise ConfigError(f"unknown setting '{key}' in {origin}: {nearest(key, [*names, *own])}")
+    run: TransformerRunConfig | VQVAERunConfig = from_dict(cls, rest, origin)
+    _refuse_urls(run)
+    return from_dict(PlanConfig, {key: value for key, value in data.items() if key in own}, origin), run
+
+
+def _unknown(cls: type[Any], data: dict[str, Any]) -> int:
+    """How many keys, at any depth, are none of `cls`."""
+    hints, count = typing.get_type_hints(cls), 0
+    for key, value in data.items():
+        if key not in hints:
+            count += 1
+        elif dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):
+            count += _unknown(hints[key], value)
+    return count
+
+
+def _read_settings(path: str | Path | None, overrides: Iterable[str]) -> tuple[dict[str, Any], str]:
+    """A YAML file with `key=value` overrides put into it, and what to call where a setting comes from."""
     data: dict[str, Any] = {}
     origin, overrides = "defaults", list(overrides)
     if path is not None:
@@ -50,9 +91,7 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: Iterabl
         _set_nested(data, key.split("."), value, override)
     if overrides:
         origin = f"{origin} or the command line" if path is not None else "the command line"
-    config = from_dict(cls, data, origin)
-    _refuse_urls(config)
-    return config
+    return data, origin
 
 
 def _refuse_urls(config: Any) -> None:

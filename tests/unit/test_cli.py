@@ -20,7 +20,9 @@ from t2v_ds.config_loader import to_dict
 from t2v_ds.errors import ConfigError, DataError
 from tests.helpers import environment
 
-VERBS = ["prepare", "index", "verify", "train-vqvae", "merge", "tokenize", "train-transformer", "generate", "evaluate", "demo", "doctor"]
+VERBS = [
+    "prepare", "index", "verify", "train-vqvae", "merge", "tokenize", "plan", "train-transformer", "generate", "evaluate", "demo", "doctor",
+]  # fmt: skip
 
 
 @pytest.fixture
