@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from t2v_ds.config import PRESETS, TransformerConfig
 from t2v_ds.config_loader import from_dict
 from t2v_ds.models.transformer import VideoTransformer
+from t2v_ds.training.distributed import keep_freed_memory
 
 KINDS = ("full", "window", "factorised")
 
@@ -36,6 +37,7 @@ def resident(what: str) -> float:
 
 def measure(kind: str, arguments: argparse.Namespace) -> dict[str, float]:
     """Seconds of a step, and GiB."""
+    keep_freed_memory()  # as training does
     before = resident("VmRSS")
     torch.manual_seed(0)
     settings = {
