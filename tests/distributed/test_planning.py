@@ -13,7 +13,7 @@ from tests.helpers import run_ranks
 PROGRAM = str(Path(__file__).with_name("planning_program.py"))
 MODEL = {"width": 96, "layers": 2, "heads": 4, "grid_size": 4, "text_width": 16, "codebook_size": 64, "max_frames": 6}
 # Parts end within parameters, and at stage 3 not all that may be gathered is so at the peak: both count in so small a model.
-TOLERANCE = 0.06
+TOLERANCE = 0.1  # gathered early or late, by what the ranks wait for
 BUCKET = 400_000  # numbers; the model has 300,000
 SMALL_BUCKET = 60_000
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
