@@ -65,16 +65,16 @@ def main() -> None:
     specification, out = (Path(name) for name in sys.argv[1:])
     collectives = connect()
     found: dict[str, Any] = {}
-    traces: dict[str, Trace] = {}  # by precision: the models are the same
+    traces: dict[str, Trace] = {}  # all of one model
     for label, entry in json.loads(specification.read_text()).items():
         torch.manual_seed(0)
         run = from_dict(TransformerRunConfig, entry["config"])
         measured = measure(run, entry["lengths"], collectives)
         if collectives.rank == 0:
-            precision = run.train.precision
-            if precision not in traces:
-                traces[precision] = trace_transformer(run, entry["lengths"])
-            found[label] = {"measured": measured, "planned": plan(run, traces[precision], collectives.world_size)}
+            key = f"{run.train.precision} {entry['lengths']}"
+            if key not in traces:
+                traces[key] = trace_transformer(run, entry["lengths"])
+            found[label] = {"measured": measured, "planned": plan(run, traces[key], collectives.world_size)}
     if collectives.rank == 0:
         out.write_text(json.dumps(found))
 

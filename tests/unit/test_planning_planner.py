@@ -106,6 +106,24 @@ def test_a_smaller_bucket_is_proposed_where_buckets_are_what_is_large() -> None:
     assert "train.ds_config=zero0" in texts
 
 
+def test_the_time_of_a_change_is_told_from_the_run_that_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[TransformerRunConfig] = []
+
+    def time_it(run: TransformerRunConfig, *_: Any) -> Timing:
+        timed.append(run)
+        return Timing((2.0,), 1.0, 0.5, 1000)
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("t2v_ds.training.planning.planner.time_transformer", time_it)
+    planner, plan = planned(run_of(ds_config="zero0", precision="fp32"), accelerator="cpu", measure=True, memory=0.001)
+    run = dataclasses.replace(plan.run, model=dataclasses.replace(plan.run.model, activation_checkpointing=True))
+    change = planner.plan(run, like=plan)
+    changes_that_fit(plan, planner)
+    assert len(timed) == 1  # each would take as long as training steps do
+    more = (change.cost.flops + change.cost.again_flops) / plan.cost.flops
+    assert change.cost.seconds == pytest.approx(plan.cost.seconds * more)
+
+
 def test_what_is_on_already_is_not_proposed() -> None:
     model = {**MODEL, "activation_checkpointing": True, "loss_tile": 64}
     run = from_dict(TransformerRunConfig, {"model": model, "train": {"batch": 1, "ds_config": "zero3_offload"}})

@@ -128,7 +128,7 @@ def _change(plan: Plan, planner: Planner, moves: tuple[Move, ...]) -> Change | N
     try:
         for move in moves:
             run = move.apply(run)
-        changed = planner.plan(run)
+        changed = planner.plan(run, like=plan)
     except ConfigError:
         return None
     memory = changed.memory

@@ -38,7 +38,7 @@ KNOWN = {
 # GiB that no tensor holds. On a GPU: the CUDA context, workspaces of cuBLAS and cuDNN, buffers of NCCL; a round figure, not measured.
 # On a CPU: Python, PyTorch and DeepSpeed, measured (docs/plan.md).
 OVERHEAD = {"gpu": 1.5, "cpu": 0.8}
-# On a CPU freed memory is kept for the next step (`distributed.keep_freed_memory`), with holes: measured 0.26 to 0.36 of the tensors.
+# On a CPU freed memory is kept for the next step (`distributed.keep_freed_memory`), with holes: measured 0.3 to 0.8 of the tensors.
 CPU_HOLES = 0.3
 
 

@@ -43,7 +43,6 @@ def period(run: TransformerRunConfig) -> int:
 def trace_vqvae(run: VQVAERunConfig, clips: int) -> Trace:
     """Trace a micro-batch of so many clips."""
 
-
     def build() -> nn.Module:
         with unset_fake_temporarily():  # modules with fake parameters cannot be moved, as the perceptual network is while it is made
             objective = vqvae_objective(run)

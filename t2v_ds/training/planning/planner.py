@@ -106,8 +106,8 @@ class Planner:
         self._traces: dict[str, Trace] = {}
         self._timings: dict[str, Timing] = {}
 
-    def plan(self, run: RunConfig) -> Plan:
-        """Plan a run.
+    def plan(self, run: RunConfig, like: Plan | None = None) -> Plan:
+        """Plan a run; of a variant of the run of `like`, the time is told from that one's, by their FLOPs.
 
         Raises:
             UserError: see `read_work`, `complete_ds_config` and `time_transformer`.
@@ -116,7 +116,12 @@ class Planner:
         ds_config = complete_ds_config(run.train, self.config.gpus)
         trace = self.trace(run, self._largest(run, work))
         memory = self.memory(run.train, trace, Zero.read(ds_config), work.accumulation)
-        return Plan(run, self.config, self.accelerator, work, trace, memory, self._cost(run, work, trace))
+        cost = self._work_of_a_step(run, work, trace)
+        if like is None:
+            cost.seconds = self._seconds(run, work, trace, cost)
+        else:
+            cost.seconds = like.cost.seconds * (cost.flops + cost.again_flops) / (like.cost.flops + like.cost.again_flops)
+        return Plan(run, self.config, self.accelerator, work, trace, memory, cost)
 
     # -- memory -----------------------------------------------------------------------------------------------------
 
@@ -172,25 +177,24 @@ class Planner:
 
     # -- time -------------------------------------------------------------------------------------------------------
 
-    def _cost(self, run: RunConfig, work: Work, trace: Trace) -> Cost:
+    def _work_of_a_step(self, run: RunConfig, work: Work, trace: Trace) -> Cost:
         clips = work.micro * work.accumulation * self.config.gpus
         if isinstance(run, VQVAERunConfig):
             scale = clips / work.micro
-            cost = Cost(trace.flops * scale, trace.attention_flops * scale, trace.again_flops * scale, clips * run.frames_per_clip)
-        else:
+            return Cost(trace.flops * scale, trace.attention_flops * scale, trace.again_flops * scale, clips * run.frames_per_clip)
 
-            def mean(name: str) -> float:
-                return clips * mean_over_clips(work, run, lambda length: float(getattr(self.trace(run, [length], MASKED), name)))
+        def mean(name: str) -> float:
+            return clips * mean_over_clips(work, run, lambda length: float(getattr(self.trace(run, [length], MASKED), name)))
 
-            codes = clips * mean_over_clips(work, run, lambda length: float(length)) * run.model.grid_size**2
-            cost = Cost(mean("flops"), mean("attention_flops"), mean("again_flops"), codes)
+        codes = clips * mean_over_clips(work, run, lambda length: float(length)) * run.model.grid_size**2
+        return Cost(mean("flops"), mean("attention_flops"), mean("again_flops"), codes)
+
+    def _seconds(self, run: RunConfig, work: Work, trace: Trace, cost: Cost) -> float:
+        """Of a step; 0 where no peak is known."""
         if self.config.measure:
-            cost.seconds = self._measured(run, work, trace, cost)
-        else:
-            peak = self.accelerator.bf16 if run.train.precision == "bf16" else self.accelerator.fp32
-            if peak:
-                cost.seconds = (cost.flops + cost.again_flops) / (self.config.gpus * peak * 1e12 * self.config.mfu)
-        return cost
+            return self._measured(run, work, trace, cost)
+        peak = self.accelerator.bf16 if run.train.precision == "bf16" else self.accelerator.fp32
+        return (cost.flops + cost.again_flops) / (self.config.gpus * peak * 1e12 * self.config.mfu) if peak else 0.0
 
     def _measured(self, run: RunConfig, work: Work, trace: Trace, cost: Cost) -> float:
         """Seconds of a step: what was measured of one micro-batch, by the FLOPs of the mean one."""
