@@ -1,4 +1,7 @@
-"""What accelerators have, from their makers' data sheets: memory, and matrix arithmetic of dense (not sparse) matrices."""
+"""What accelerators have: memory, and matrix arithmetic of dense (not sparse) matrices.
+
+The figures were not checked against the data sheets that they name, nor measured; `peak_tflops` and `memory` overrule them.
+"""
 
 from __future__ import annotations
 
