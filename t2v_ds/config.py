@@ -323,7 +323,7 @@ class TextConfig:
 
 
 # Sizes of transformers by name; `docs/transformer.md` has their parameters. A setting that is given wins over its preset's.
-PRESETS: dict[str, dict[str, float]] = {
+PRESETS: dict[str, dict[str, int]] = {
     "demo": {"width": 256, "layers": 4, "heads": 4, "kv_heads": 4},
     "30m": {"width": 512, "layers": 8, "heads": 8, "kv_heads": 8},
     "90m": {"width": 768, "layers": 12, "heads": 12, "kv_heads": 4},

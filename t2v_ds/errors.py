@@ -27,6 +27,12 @@ class CheckpointError(UserError):
     """A checkpoint or an exported model is missing, damaged or does not fit what it is used with."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one short line."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip()[:200] if lines else type(error).__name__
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Return the part of an error sentence that names the valid choices nearest to `name`.
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from t2v_ds.config import LossConfig
-from t2v_ds.errors import ConfigError
+from t2v_ds.errors import ConfigError, first_line
 from t2v_ds.models.quantizer import QuantizerOutput
 
 logger = logging.getLogger(__name__)
@@ -267,9 +267,3 @@ def read_state_dict(path: Path, setting: str) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ConfigError(f"setting '{setting}': {path} holds no state dict (names -> tensors)")
     return state
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, in one short line."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

@@ -50,11 +50,10 @@ def some_masked(lengths: list[int], positions: int, seed: int = 0) -> Tensor:
 
 @torch.no_grad()
 def states_of(
-    model: VideoTransformer, codes: Tensor, lengths: list[int], text: Tensor, mask: Tensor, masked: Tensor | None = None,
-    last_given: list[bool] | None = None,
-) -> tuple[Tensor, Layout]:  # fmt: skip
+    model: VideoTransformer, codes: Tensor, lengths: list[int], text: Tensor, mask: Tensor, masked: Tensor | None = None
+) -> tuple[Tensor, Layout]:
     """States [S, F, P, width] of whole clips."""
-    states, layout, _ = model.clip_states(codes, lengths, text, mask, [-1] * len(lengths), masked, last_given)
+    states, layout, _ = model.clip_states(codes, lengths, text, mask, [-1] * len(lengths), masked, None)
     return states, layout
 
 
@@ -83,13 +82,8 @@ class Recomputed:
             every = torch.zeros(clips, count, model.config.positions, dtype=torch.bool, device=codes.device)
             every[:, -1] = False if masked is None else masked
             every = every.flatten(0, 1)
-        model_goals = model._goals
-        if condition.goals is not None:
-            model._goals = lambda *_: condition.goals  # type: ignore[method-assign]
-        try:
-            states, _, _ = model.clip_states(codes, [count] * clips, condition.text, condition.mask, [-1] * clips, every, None)
-        finally:
-            model._goals = model_goals  # type: ignore[method-assign]
+        starts = [-1] * clips
+        states, _, _ = model.clip_states(codes, [count] * clips, condition.text, condition.mask, starts, every, condition.goals)
         return states.unflatten(1, (clips, count))[:, :, -1]  # [S, B, P, width]
 
     def masked(self, frames: list[Tensor], current: Tensor) -> Tensor:

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from t2v_ds.config import FVDConfig
-from t2v_ds.errors import CheckpointError, ConfigError
+from t2v_ds.errors import CheckpointError, ConfigError, first_line
 from t2v_ds.evaluation.frechet import fixed_frames
-from t2v_ds.losses import first_line, read_state_dict
+from t2v_ds.losses import read_state_dict
 from t2v_ds.models.exported import content_id, load_state
 
 logger = logging.getLogger(__name__)

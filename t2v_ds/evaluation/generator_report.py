@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from t2v_ds.data.video import contact_sheet
+from t2v_ds.evaluation.faithfulness import HOW_READ, faithfulness_table
 from t2v_ds.evaluation.work import EVENTS, SHEET
 from t2v_ds.files import write_atomically
 from t2v_ds.training.monitor import Monitor
@@ -145,13 +146,10 @@ def _faithfulness(found: dict[str, Any]) -> list[str]:
     return [
         "## Faithfulness",
         "",
-        "A program (not a network) reads colour, shape and direction off the frames. The held-out combinations were never trained on.",
+        HOW_READ,
         "In brackets: the 95 % interval (Wilson).",
         "",
-        "| clips | colour | shape | direction | all three |",
-        "|---|---:|---:|---:|---:|",
-        *rows,
-        "| chance | 16.7 % | 33.3 % | 25.0 % | 1.4 % |",
+        *faithfulness_table(rows),
     ]
 
 

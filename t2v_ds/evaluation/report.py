@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from t2v_ds.evaluation.faithfulness import HOW_READ, faithfulness_table
 from t2v_ds.files import write_atomically
 
 
@@ -47,13 +48,10 @@ def render(config: dict[str, Any], seconds: dict[str, float], results: dict[str,
         "",
         "## Faithfulness",
         "",
-        "A program (not a network) reads colour, shape and direction off the frames. The held-out combinations were never trained on.",
+        HOW_READ,
         "In other words: prompts such as 'a crimson disc drifts to the right', of words that no caption holds.",
         "",
-        "| clips | colour | shape | direction | all three |",
-        "|---|---:|---:|---:|---:|",
-        *(_row(name, values) for name, values in results["faithfulness"].items()),
-        "| chance | 16.7 % | 33.3 % | 25.0 % | 1.4 % |",
+        *faithfulness_table(_row(name, values) for name, values in results["faithfulness"].items()),
         "",
         "## Reconstruction",
         "",

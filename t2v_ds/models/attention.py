@@ -71,7 +71,7 @@ def attend_frames(kind: str, frames: QKV, words: QKV, layout: Layout, window: in
         kind: "full", "window", "spatial" or "temporal".
         frames: [S, F, P, heads, D].
         words: [B, W, heads, D], W may be 0; "temporal" does not look at them.
-        layout: of the frames; with 1 stream positions see those up to themselves, with 2 whole frames.
+        layout: of the frames, whose P may be larger than its own; with 1 stream positions see those up to themselves, with 2 whole frames.
         window: frames that "window" sees, the own one included.
 
     Returns:
@@ -142,7 +142,7 @@ def _frame_by_frame(frames: QKV, words: QKV, layout: Layout, reach: int) -> Tens
             before = slice(max(0, t - reach + 1), t)
             k_before, v_before = [k_words, *k[before]], [v_words, *v[before]]
             keys = torch.cat([*k_before, k[t]], dim=1)
-            mask = causal_tail(layout.positions, keys.shape[1], keys.device) if causal else None
+            mask = causal_tail(q[t].shape[1], keys.shape[1], keys.device) if causal else None
             clean.append(attend(q[t], keys, torch.cat([*v_before, v[t]], dim=1), mask))
             if not causal:
                 q_own, k_own, v_own = (x[t] for x in own)

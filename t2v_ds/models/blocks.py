@@ -122,9 +122,8 @@ class Attention(nn.Module):
         layout, parallel = context.layout, context.parallel
         if parallel is None or self.kind == "temporal":  # places are apart there: nothing to exchange
             return attend_frames(self.kind, frames, words, layout, self.window)
-        whole = Layout(layout.lengths, layout.words, layout.positions * parallel.size, layout.streams, frames.q.device)
         own = QKV(*(x.chunk(parallel.size, dim=2)[parallel.rank] for x in words))
-        return parallel.attend(lambda gathered: attend_frames(self.kind, gathered, own, whole, self.window), frames)
+        return parallel.attend(lambda gathered: attend_frames(self.kind, gathered, own, layout, self.window), frames)
 
 
 class WordAttention(nn.Module):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from t2v_ds.config import SamplingConfig, TextConfig, TransformerConfig, VQVAEConfig
 from t2v_ds.config_loader import from_dict, to_dict
 from t2v_ds.data.collate import pack_codes
-from t2v_ds.errors import CheckpointError, ConfigError
+from t2v_ds.errors import CheckpointError, ConfigError, first_line
 from t2v_ds.files import own_name
 from t2v_ds.models.exported import CONFIG_FILE, WEIGHTS_FILE, content_id, export_model, load_exported, load_state
 from t2v_ds.models.likelihood import bits_per_code
@@ -313,8 +313,8 @@ def _folder_of(name_or_path: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(name_or_path), allow_patterns=files))
     except Exception as error:  # of the name, of the network, of the hub: each library below raises its own
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"'{name_or_path}' is neither a folder nor a model that can be fetched from the hub: {reason}") from error
+        what = f"'{name_or_path}' is neither a folder nor a model that can be fetched from the hub"
+        raise CheckpointError(f"{what}: {first_line(error)}") from error
 
 
 def require_same_tokenizer(needed: str, what: str, found: str, where: str) -> None:

@@ -44,6 +44,7 @@ class Layout:
         def tensor(values: Sequence[object]) -> Tensor:
             return torch.tensor(values, dtype=torch.long, device=device)
 
+        self.clip_lengths = tensor(self.lengths)  # [B]
         self.clip = tensor([clip for clip, length in enumerate(self.lengths) for _ in range(length)])  # [F]
         self.number = tensor([number for length in self.lengths for number in range(length)])  # [F]: in what is given of its clip
         self.groups = []

@@ -101,7 +101,6 @@ class CachedStates:
         self.words, self.caption = model.text_inputs(condition.text, condition.mask)
         self.caches = model.start_caches(self.words)
         self.clip = torch.arange(len(self.words), device=self.words.device)
-
         self._frame = -1  # of which `_standing` is
 
     def _where(self, frame: int) -> Where:
@@ -238,36 +237,37 @@ class _Drawing:
         states = []
         for position in range(current.shape[1]):
             states.append(self.states.position(frames, self._double(current), position))
-            current[:, position : position + 1] = self._draw(states[-1])[0]
+            current[:, position : position + 1], _ = self._draw(states[-1])
         return torch.cat(states, dim=1)
 
     def _in_passes(self, frames: list[Tensor], current: Tensor) -> None:
         positions = current.shape[1]
         order = self.draws.order(positions).to(current.device)  # [B, P]
         rows = torch.arange(len(current), device=current.device)[:, None]
-        ramp = self.scale
+        ramp, confident = self.scale, self.config.unmask == "confident"
         for done, upto, share in _schedule(positions, self.config.passes):
             if self.config.guidance_schedule == "passes":
                 self.scale = 1 + (ramp - 1) * share
             states = self.states.masked(frames, self._double(current))  # [B or 2B, P, width]
-            confident = self.config.unmask == "confident"
             chosen = order[:, done:] if confident else order[:, done:upto]  # [B, n]
-            codes, sure = self._draw(states.gather(1, self._double(chosen)[..., None].expand(-1, -1, states.shape[-1])))
-            if confident and upto < positions:  # the ones drawn most surely come first, with noise that fades (Chang et al. 2022)
+            ranks = confident and upto < positions
+            codes, sure = self._draw(states.gather(1, self._double(chosen)[..., None].expand(-1, -1, states.shape[-1])), ranks)
+            if ranks:  # the ones drawn most surely come first, with noise that fades (Chang et al. 2022)
                 noise = -(-self.draws.uniform(chosen.shape[1]).clamp_min(1e-12).log()).log().to(sure.device)
                 ranked = (sure + self.config.temperature * (1 - share) * noise).argsort(dim=1, descending=True)
                 order[:, done:] = order[:, done:].gather(1, ranked)
                 chosen, codes = order[:, done:upto], codes.gather(1, ranked[..., None].expand_as(codes))[:, : upto - done]
             current[rows, chosen] = codes
 
-    def _draw(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """States [B or 2B, n, width] -> codes [B, n, G], slot after slot, and the log of their probability [B, n]."""
+    def _draw(self, state: Tensor, ranks: bool = False) -> tuple[Tensor, Tensor]:
+        """States [B or 2B, n, width] -> codes [B, n, G], slot after slot, and, with `ranks`, the log of their probability [B, n]."""
         head, codes, sure = self.model.head, [], torch.zeros((), device=state.device, dtype=torch.float64)
         state = state.float()
         for slot in range(head.slots):
             logits = self._mix(head.slot(state, slot))
             codes.append(draw(logits, self.config, self.draws))
-            sure = sure + logits.double().log_softmax(-1).gather(-1, codes[-1][..., None]).squeeze(-1)
+            if ranks:
+                sure = sure + logits.double().log_softmax(-1).gather(-1, codes[-1][..., None]).squeeze(-1)
             state = head.add(state, slot, self._double(codes[-1]))
         return torch.stack(codes, dim=-1), sure
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from t2v_ds.config import TextConfig, require
-from t2v_ds.errors import ConfigError
+from t2v_ds.errors import ConfigError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -310,11 +310,9 @@ def _as_config_error(name: str) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:  # transformers raises whatever its libraries do, for one and the same mistake
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0][:200] if lines else type(error).__name__
         raise ConfigError(
-            f"setting 'text.encoder' is '{name}', which can neither be read as a folder nor be fetched as a Hugging Face model ({reason}); "
-            "'hashing' needs no download"
+            f"setting 'text.encoder' is '{name}', which can neither be read as a folder nor be fetched as a Hugging Face model "
+            f"({first_line(error)}); 'hashing' needs no download"
         ) from error
 
 

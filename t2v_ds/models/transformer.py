@@ -11,6 +11,7 @@ stand one behind the other: a clip of 17 frames costs 17 frames.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -186,12 +187,14 @@ class VideoTransformer(nn.Module):
             last_given: clips whose last frame is shown.
         """
         starts = starts or [-1] * len(lengths)
-        states, layout, own = self.clip_states(codes if context is None else context, lengths, text, mask, starts, masked, last_given)
+        fed = codes if context is None else context
+        goals = None if last_given is None else self._goals(fed, lengths, starts, last_given)
+        states, layout, own = self.clip_states(fed, lengths, text, mask, starts, masked, goals)
         targets = self.to_groups(codes)[:, own]  # [F, P', G]
         size = 1 if self.parallel is None else self.parallel.size
         if masked is None:
             told = self.head(states[-1].flatten(0, 1), targets.flatten(0, 1)).unflatten(1, targets.shape[:2])
-            counts = torch.tensor(lengths, device=codes.device) * self.config.positions
+            counts = layout.clip_lengths * self.config.positions
         else:
             told = self._told(states[-1], targets, masked[:, own])
             counts = layout.clip_sums(masked.sum(1))
@@ -207,7 +210,7 @@ class VideoTransformer(nn.Module):
 
     def clip_states(
         self, codes: Tensor, lengths: Sequence[int], text: Tensor, mask: Tensor, starts: Sequence[int],
-        masked: Tensor | None, last_given: Sequence[bool] | None,
+        masked: Tensor | None, goals: Goals | None,
     ) -> tuple[Tensor, Layout, slice]:  # fmt: skip
         """States [S, F, P', width] of whole clips, their layout, and which positions of each frame this rank has; see `forward`."""
         words, caption = self.text_inputs(text, mask)
@@ -219,7 +222,6 @@ class VideoTransformer(nn.Module):
         where = Where(layout.clip, starting[layout.clip] + layout.number, first, end)
         groups = self.to_groups(codes)
         before = groups.roll(1, 0)  # of a clip's first frame, another's last: not looked at
-        goals = self._goals(groups, layout, starting, last_given)
         streams = [groups] if masked is None else [groups, groups.masked_fill(masked[..., None], -1)]
         fed = self.inputs(streams, before, layout.number == 0, caption, where, goals)
         x = layout.join(words[:, :prefix], fed)
@@ -233,16 +235,15 @@ class VideoTransformer(nn.Module):
         share = side // self.parallel.size
         return self.parallel.rank * share, (self.parallel.rank + 1) * share
 
-    def _goals(self, groups: Tensor, layout: Layout, starts: Tensor, given: Sequence[bool] | None) -> Goals | None:
-        if given is None:
-            return None
-        lengths = torch.tensor(layout.lengths, device=groups.device)
-        return Goals(groups[lengths.cumsum(0) - 1], torch.tensor(given, device=groups.device), starts + lengths)
+    def _goals(self, codes: Tensor, lengths: Sequence[int], starts: Sequence[int], given: Sequence[bool]) -> Goals:
+        """The last frames of clips, of which some are `given`; see `forward`."""
+        ends = [end - 1 for end in itertools.accumulate(lengths)]
+        whole = torch.tensor([max(0, start) + length for start, length in zip(starts, lengths, strict=True)], device=codes.device)
+        return Goals(self.to_groups(codes[ends]), torch.tensor(given, device=codes.device), whole)
 
     def _end_loss(self, states: Tensor, layout: Layout) -> Tensor:
         """Binary cross entropy of "is this frame the last?", the mean of all positions' votes: states [F, P', width] -> [B]."""
         votes = self.end(states).squeeze(-1).float()  # [F, P']
-        lengths = torch.tensor(layout.lengths, device=states.device)
-        last = layout.number == lengths[layout.clip] - 1
+        last = layout.number == layout.clip_lengths[layout.clip] - 1
         losses = F.binary_cross_entropy_with_logits(votes, last[:, None].expand_as(votes).float(), reduction="none")
-        return layout.clip_sums(losses.mean(1)) / lengths
+        return layout.clip_sums(losses.mean(1)) / layout.clip_lengths

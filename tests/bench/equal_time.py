@@ -15,16 +15,15 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 
 from t2v_ds.config import TextConfig, TransformerConfig, TransformerRunConfig
-from t2v_ds.data.dataset import Buffer, ShardDataset
-from t2v_ds.data.stream import ClipStream, Places, whole_codes
+from t2v_ds.data.dataset import ShardDataset
+from t2v_ds.data.stream import ClipStream
 from t2v_ds.models.text import build_text_encoder
 from t2v_ds.models.transformer import VideoTransformer
 from t2v_ds.training.distributed import keep_freed_memory
-from t2v_ds.training.variation import join, vary
+from t2v_ds.training.run import _Vary
 
 TEXT = TextConfig(tokens=14, width=128)
 
@@ -33,13 +32,9 @@ def batches(dataset: ShardDataset, config: TransformerRunConfig, batch: int) -> 
     """Endless batches, as training has them."""
     text = build_text_encoder(TEXT)
 
-    def load(data: Any, places: Places, buffer: Buffer) -> dict[str, Any]:
-        found = whole_codes(data, places, buffer)
-        clips = np.split(found["codes"], np.cumsum(found["lengths"])[:-1])
-        return {"captions": found["captions"], **join([vary(*one, config) for one in zip(clips, places.rngs(), strict=True)])}
-
-    for found in ClipStream(dataset, batch, load=load, threads=0):
-        found["text"], found["mask"] = text.encode(found["captions"])
+    for found in ClipStream(dataset, batch, load=_Vary(config), threads=0):
+        if "captions" in found:  # no text vectors are stored
+            found["text"], found["mask"] = text.encode(found["captions"])
         yield found
 
 

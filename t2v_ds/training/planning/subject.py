@@ -16,8 +16,6 @@ from t2v_ds.models.vqvae import VQVAE
 from t2v_ds.training.distributed import Collectives, Ranks
 from t2v_ds.training.objectives import Clips, TransformerObjective, VQVAEObjective
 
-RunConfig = TransformerRunConfig | VQVAERunConfig
-
 
 def stand_in_tokenizer(grid_size: int, codebook_size: int) -> Tokenizer:
     """A tokenizer with this grid and codebook, as small as can be."""
