@@ -434,6 +434,7 @@ class TransformerRunConfig:
     excerpt_frames: int = 4
     mask: str = "tube"  # decoding "frame": which positions are masked: "tube": the same in all frames of a clip; "frame": others in each
     context_noise: float = 0.0  # up to this share of the codes that the model is fed are replaced by random ones, against drift
+    context_confusion: float = 0.0  # the same by codes that look alike, the mistakes of sampling; with both, a clip has one or the other
     last_frame_share: float = 0.0  # share of whole clips whose last frame is given (needs model.last_frame)
     z_loss: float = 1.0e-4  # weight of log(sum(exp(logits)))^2, which keeps logits from growing
     length_buckets: int = 0  # steps whose clips are sorted by length and dealt out again, so that less is padded; 0: off
@@ -450,7 +451,8 @@ class TransformerRunConfig:
         require(0 <= self.caption_dropout < 1, "caption_dropout", self.caption_dropout, "0 to below 1")
         require(self.length_buckets >= 0, "length_buckets", self.length_buckets, ">= 0")
         require(self.mask in ("tube", "frame"), "mask", self.mask, "'tube' or 'frame'")
-        require(0 <= self.context_noise <= 1, "context_noise", self.context_noise, "0 to 1")
+        for name in ("context_noise", "context_confusion"):
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "0 to 1")
         allowed = "0 to 1" if self.model.last_frame else "0, unless model.last_frame=true"
         require(0 <= self.last_frame_share <= self.model.last_frame, "last_frame_share", self.last_frame_share, allowed)
         require(self.z_loss >= 0, "z_loss", self.z_loss, ">= 0")
@@ -478,7 +480,8 @@ class TokenizeConfig:
 class SamplingConfig:
     """How codes are drawn from the transformer."""
 
-    temperature: float = 1.0
+    temperature: float = 1.0  # 0: always the likeliest code
+    motion_temperature: float = 0.8  # times `temperature`, for the frames after the first, of which most follows from those before
     top_k: int = 0  # 0: all codes
     top_p: float = 0.97  # 1: all codes. Low values lose what is rare at every position, such as where a shape begins
     guidance: float = 1.2  # classifier-free guidance scale; 1: off
@@ -491,7 +494,8 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", self.seed, ">= 0")
-        require(self.temperature >= 0, "temperature", self.temperature, ">= 0 (0: always the likeliest code)")
+        for name in ("temperature", "motion_temperature"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0 (0: always the likeliest code)")
         require(self.top_k >= 0, "top_k", self.top_k, ">= 0")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, up to 1")
         require(self.guidance >= 0, "guidance", self.guidance, ">= 0")

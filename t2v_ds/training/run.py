@@ -34,7 +34,7 @@ from t2v_ds.training.loop import seed_generators, total_steps, train
 from t2v_ds.training.model_card import write_model_card
 from t2v_ds.training.objectives import Clips, TransformerObjective, VQVAEObjective
 from t2v_ds.training.sequence_parallel import Ulysses
-from t2v_ds.training.variation import join, vary
+from t2v_ds.training.variation import join, lookalikes, vary
 
 logger = logging.getLogger(__name__)
 
@@ -173,12 +173,13 @@ def train_transformer(config: TransformerRunConfig) -> dict[str, float]:
         prompts = config.sample_prompts or tuple(dataset.captions(_shown(dataset)))
         objective = TransformerObjective(config, tokenizer, text, _clips(dataset), prompts)
         micro, _ = accumulation_steps(config.train, collectives.world_size)
+        alike = lookalikes(tokenizer.model.quantizer.codebook) if config.context_confusion else None
         shared = config.train.sequence_parallel  # ranks, one after another, that are handed the same clips
         if shared > 1:
             objective.model.parallel = Ulysses(collectives, shared, config.model)
         stream = ClipStream(
             dataset, config.train.batch, collectives.rank // shared, collectives.world_size // shared, config.seed,
-            config.train.data_threads, _Vary(config), micro, _order(dataset, config),
+            config.train.data_threads, _Vary(config, alike), micro, _order(dataset, config),
         )  # fmt: skip
 
         def collate(batch: dict[str, Any]) -> dict[str, Any]:
@@ -238,8 +239,8 @@ def _text_encoder(config: TransformerRunConfig, dataset: ShardDataset) -> tuple[
 class _Vary:
     """A load function that makes of clips what a step trains on: see `variation.vary`."""
 
-    def __init__(self, config: TransformerRunConfig) -> None:
-        self.config = config
+    def __init__(self, config: TransformerRunConfig, alike: np.ndarray | None = None) -> None:
+        self.config, self.alike = config, alike
 
     def __call__(self, dataset: Any, places: Places, buffer: Buffer) -> dict[str, Any]:
         """See `stream.Load`.
@@ -249,7 +250,7 @@ class _Vary:
         """
         batch = whole_codes(dataset, places, buffer)
         clips = np.split(batch["codes"], np.cumsum(batch["lengths"])[:-1])
-        samples = [vary(codes, rng, self.config) for codes, rng in zip(clips, places.rngs(), strict=True)]
+        samples = [vary(codes, rng, self.config, self.alike) for codes, rng in zip(clips, places.rngs(), strict=True)]
         has_caption = np.array([one.has_caption for one in samples])
         return {**join(samples), **_captions(dataset, places.numbers, has_caption, buffer)}
 

@@ -14,9 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from t2v_ds.config import TransformerRunConfig
 from t2v_ds.data.collate import pack_codes
+
+ALIKE = 16  # codes that count as looking like one
 
 
 @dataclass
@@ -31,8 +34,14 @@ class Sample:
     last_given: bool | None  # None: the model cannot be given a last frame
 
 
-def vary(codes: np.ndarray, rng: np.random.Generator, config: TransformerRunConfig) -> Sample:
-    """Make a clip [T, h, w] into a sample.
+def lookalikes(codebook: Tensor) -> np.ndarray:
+    """For each code of a codebook [K, D] those nearest to it, without itself: uint16 [K, up to 16]."""
+    distances = torch.cdist(codebook.float(), codebook.float()).fill_diagonal_(float("inf"))
+    return distances.topk(min(ALIKE, len(codebook) - 1), largest=False).indices.cpu().numpy().astype(np.uint16)
+
+
+def vary(codes: np.ndarray, rng: np.random.Generator, config: TransformerRunConfig, alike: np.ndarray | None = None) -> Sample:
+    """Make a clip [T, h, w] into a sample; `alike`: what `lookalikes` returns, for `context_confusion`.
 
     Without captions the model learns clips as such, for guidance. Most of what a clip shows is settled by its first
     frame and by how one frame follows from another; excerpts are cheap practice in both (compare the joint training on
@@ -45,16 +54,22 @@ def vary(codes: np.ndarray, rng: np.random.Generator, config: TransformerRunConf
         start = int(rng.integers(len(codes) - frames + 1))
         codes = codes[start : start + frames]
     model = config.model
-    context = _noisy(codes, rng, config.context_noise, model.codebook_size) if config.context_noise else None
+    context = _fed(codes, rng, config, alike) if config.context_noise or config.context_confusion else None
     masked = _mask(len(codes), model.positions, rng, config.mask == "tube") if model.decoding == "frame" else None
     last_given = bool(start < 0 and rng.random() < config.last_frame_share) if model.last_frame else None
     return Sample(codes, context, masked, has_caption, start, last_given)
 
 
-def _noisy(codes: np.ndarray, rng: np.random.Generator, most: float, codebook_size: int) -> np.ndarray:
-    """Replace a share of the codes, itself drawn between 0 and `most`: a model must not trust all that it has drawn."""
-    wrong = rng.random(codes.shape) < rng.uniform(0, most)
-    return np.where(wrong, rng.integers(codebook_size, size=codes.shape, dtype=codes.dtype), codes)
+def _fed(codes: np.ndarray, rng: np.random.Generator, config: TransformerRunConfig, alike: np.ndarray | None) -> np.ndarray:
+    """Replace a share of the codes, itself drawn between 0 and the most: a model must not trust all that it has drawn."""
+    confused = config.context_confusion > 0 and (config.context_noise == 0 or rng.random() < 0.5)
+    wrong = rng.random(codes.shape) < rng.uniform(0, config.context_confusion if confused else config.context_noise)
+    if confused:
+        assert alike is not None
+        others = alike[codes, rng.integers(alike.shape[1], size=codes.shape)]
+    else:
+        others = rng.integers(config.model.codebook_size, size=codes.shape, dtype=codes.dtype)
+    return np.where(wrong, others, codes)
 
 
 def _mask(frames: int, positions: int, rng: np.random.Generator, tube: bool) -> np.ndarray:

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from t2v_ds.config import TransformerConfig, TransformerRunConfig
-from t2v_ds.training.variation import Sample, join, vary
+from t2v_ds.training.variation import Sample, join, lookalikes, vary
 
 K, SIDE = 50, 4
 
@@ -66,6 +67,31 @@ def test_noise_is_fed_and_never_told() -> None:
         wrong.append(float((one.context != one.codes).mean()))
     assert max(wrong) < 0.5
     assert np.mean(wrong) == pytest.approx(0.2 * (1 - 1 / K), abs=0.03)
+
+
+def test_what_is_confused_is_alike_and_both_kinds_take_turns() -> None:
+    book = torch.randn(K, 8, generator=torch.Generator().manual_seed(0))
+    alike = lookalikes(book)
+    assert alike.shape == (K, 16) and alike.dtype == np.uint16
+    distances = torch.cdist(book, book)
+    for code in range(K):
+        others = np.setdiff1d(np.arange(K), [code, *alike[code]])
+        assert code not in alike[code] and distances[code, alike[code].astype(int)].max() <= distances[code, others].min()
+    settings, confused, wrong = config(context_confusion=0.5), config(context_noise=0.5, context_confusion=0.5), []
+    for seed in range(200):
+        one = vary(codes(), np.random.default_rng(seed), settings, alike)
+        assert one.context is not None and np.array_equal(one.codes, codes()) and one.context.dtype == np.uint16
+        changed = one.context != one.codes
+        wrong.append(float(changed.mean()))
+        assert all(fed in alike[told] for fed, told in zip(one.context[changed], one.codes[changed], strict=True))
+    assert np.mean(wrong) == pytest.approx(0.25, abs=0.03)
+    kinds = []
+    for seed in range(200):
+        one = vary(codes(), np.random.default_rng(seed), confused, alike)
+        assert one.context is not None
+        changed = one.context != one.codes
+        kinds.append(all(fed in alike[told] for fed, told in zip(one.context[changed], one.codes[changed], strict=True)))
+    assert np.mean(kinds) == pytest.approx(0.5, abs=0.12)
 
 
 def test_join_puts_clips_one_behind_the_other() -> None:
