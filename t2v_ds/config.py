@@ -481,7 +481,6 @@ class SamplingConfig:
     """How codes are drawn from the transformer."""
 
     temperature: float = 1.0  # 0: always the likeliest code
-    motion_temperature: float = 0.8  # times `temperature`, for the frames after the first, of which most follows from those before
     top_k: int = 0  # 0: all codes
     top_p: float = 0.97  # 1: all codes. Low values lose what is rare at every position, such as where a shape begins
     guidance: float = 1.2  # classifier-free guidance scale; 1: off
@@ -494,8 +493,7 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", self.seed, ">= 0")
-        for name in ("temperature", "motion_temperature"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0 (0: always the likeliest code)")
+        require(self.temperature >= 0, "temperature", self.temperature, ">= 0 (0: always the likeliest code)")
         require(self.top_k >= 0, "top_k", self.top_k, ">= 0")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, up to 1")
         require(self.guidance >= 0, "guidance", self.guidance, ">= 0")

@@ -56,12 +56,12 @@ class Draws:
         return torch.stack([torch.randperm(count, generator=g) for g in self.generators])
 
 
-def draw(logits: Tensor, temperature: float, config: SamplingConfig, draws: Draws) -> Tensor:
-    """Draw codes from logits [B, n, K] by the top-k and top-p of `config`: int64 [B, n]."""
+def draw(logits: Tensor, config: SamplingConfig, draws: Draws) -> Tensor:
+    """Draw codes from logits [B, n, K]: int64 [B, n]."""
     logits = logits.float()
-    if temperature == 0:
+    if config.temperature == 0:
         return logits.argmax(-1)
-    probabilities = filter_logits(logits / temperature, config.top_k, config.top_p).softmax(-1).double()
+    probabilities = filter_logits(logits / config.temperature, config.top_k, config.top_p).softmax(-1).double()
     # Inverse of the cumulative distribution: one number a draw, however many codes there are.
     cumulative = probabilities.cumsum(-1)
     wanted = draws.uniform(logits.shape[1]).to(logits.device)[..., None] * cumulative[..., -1:]
@@ -201,7 +201,7 @@ class _Drawing:
         self.model, self.config, self.longest, self.draws, self.make_states = model, config, longest, draws, states
         self.guided = config.guidance != 1
         self.text, self.mask = text, mask
-        self.scale, self.temperature = config.guidance, config.temperature
+        self.scale = config.guidance
 
     def start(self, last: Tensor | None) -> None:
         """Begin a clip that ends on `last` [B, P, G]."""
@@ -224,7 +224,6 @@ class _Drawing:
     def next_frame(self, frames: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Draw the frame after `frames` (each [B, P, G]): (groups [B, P, G], whether the clip ends behind it [B])."""
         self.scale = self._scale_of_frame(len(frames))
-        self.temperature = self.config.temperature * (self.config.motion_temperature if frames else 1)
         doubled = [self._double(frame) for frame in frames]
         current = torch.full((len(self.text), self.model.config.positions, self.model.config.slots), -1, device=self.text.device)
         if self.model.config.decoding == "token":
@@ -255,7 +254,7 @@ class _Drawing:
             codes, sure = self._draw(states.gather(1, self._double(chosen)[..., None].expand(-1, -1, states.shape[-1])), ranks)
             if ranks:  # the ones drawn most surely come first, with noise that fades (Chang et al. 2022)
                 noise = -(-self.draws.uniform(chosen.shape[1]).clamp_min(1e-12).log()).log().to(sure.device)
-                ranked = (sure + self.temperature * (1 - share) * noise).argsort(dim=1, descending=True)
+                ranked = (sure + self.config.temperature * (1 - share) * noise).argsort(dim=1, descending=True)
                 order[:, done:] = order[:, done:].gather(1, ranked)
                 chosen, codes = order[:, done:upto], codes.gather(1, ranked[..., None].expand_as(codes))[:, : upto - done]
             current[rows, chosen] = codes
@@ -266,7 +265,7 @@ class _Drawing:
         state = state.float()
         for slot in range(head.slots):
             logits = self._mix(head.slot(state, slot))
-            codes.append(draw(logits, self.temperature, self.config, self.draws))
+            codes.append(draw(logits, self.config, self.draws))
             if ranks:
                 sure = sure + logits.double().log_softmax(-1).gather(-1, codes[-1][..., None]).squeeze(-1)
             state = head.add(state, slot, self._double(codes[-1]))

@@ -99,8 +99,8 @@ def test_draws_follow_the_filtered_distribution() -> None:
         (0.0, 0, 1.0): [0, 1, 0, 0, 0],
     }
     for (temperature, top_k, top_p), shares in wanted.items():
-        config = SamplingConfig(top_k=top_k, top_p=top_p)
-        drawn = draw(logits, temperature, config, Draws(0, list(range(n // 2))))
+        config = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
+        drawn = draw(logits, config, Draws(0, list(range(n // 2))))
         found = torch.bincount(drawn.flatten(), minlength=5) / n
         for share, expected in zip(found.tolist(), shares, strict=True):
             assert share == pytest.approx(expected, abs=0 if expected in (0, 1) else 4 * (0.25 / n) ** 0.5)
@@ -132,23 +132,6 @@ def test_a_loop_ends_on_its_first_frame_and_a_given_last_frame_is_kept() -> None
             assert torch.equal(codes[-1], last[b])
         other = sample_codes(model, text, mask, SamplingConfig(frames=5, passes=2), first_frames=first, last_frame=last.flip(1))
         assert not torch.equal(other[0][1:-1], given[0][1:-1])  # what comes between knows where it goes
-
-
-@pytest.mark.parametrize("decoding", ["token", "frame"])
-def test_motion_temperature_is_that_of_the_frames_after_the_first(decoding: str) -> None:
-    model = make(decoding=decoding)
-    text, mask = captions(2)
-
-    def sample(seed: int, **settings: float) -> Tensor:
-        config = SamplingConfig(frames=3, passes=1, seed=seed, top_p=1.0, guidance=1.0, **settings)  # type: ignore[arg-type]
-        return torch.stack(sample_codes(model, text, mask, config))
-
-    one, other = sample(0, motion_temperature=0.0), sample(1, motion_temperature=0.0)
-    assert not torch.equal(one[:, 0], other[:, 0])
-    settings = SamplingConfig(frames=3, passes=1, seed=1, guidance=1.0, temperature=0)
-    likeliest = sample_codes(model, text, mask, settings, first_frames=one[:, :1])
-    assert torch.equal(one, torch.stack(likeliest))
-    assert torch.equal(sample(0, temperature=0.5, motion_temperature=2.0)[:, 0], sample(0, temperature=0.5)[:, 0])
 
 
 def test_temperature_0_ignores_the_seed() -> None:
