@@ -36,7 +36,7 @@ from t2v_ds.evaluation.generator_report import pair_sheet, write_page, write_sca
 from t2v_ds.evaluation.intervals import share_of
 from t2v_ds.evaluation.likelihood import measure_loss, unigram_bits
 from t2v_ds.evaluation.likeness import PerceptualSpace, distinctness, memorisation, open_space, own_clips
-from t2v_ds.evaluation.work import PAGE, REPORT, SHEET, WORK, Work, finished
+from t2v_ds.evaluation.work import PAGE, REPORT, SHEET, WORK, Work, check_out, finished
 from t2v_ds.files import write_atomically
 from t2v_ds.models.exported import content_id, load_exported
 from t2v_ds.models.facade import Generator, load_generator
@@ -92,13 +92,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         The report, as it stands in `report.json`.
 
     Raises:
-        ConfigError: a folder is not given, a network cannot be loaded, or clips are longer than the model knows.
+        ConfigError: a folder is not given or cannot be made, a network cannot be loaded, or clips are longer than the model knows.
         DataError, CheckpointError: damaged or mismatched input, or `out` holds a report with other settings, or other files.
     """
     for flag, value in (("--model", config.model), ("--data", config.data), ("--out", config.out)):
         if not value:
             raise ConfigError(f"{flag} is not given; name a folder")
     out = Path(config.out)
+    check_out(out)
     with contextlib.ExitStack() as stack:
         evaluation = _open(config, stack)
         identity = evaluation.identity()
