@@ -53,7 +53,7 @@ def read_work(plan: PlanConfig, run: RunConfig) -> tuple[Work, RunConfig]:
 
     Raises:
         DataError: --data is no finished folder of this kind.
-        ConfigError: a batch that does not divide, or clips longer than the model knows.
+        ConfigError: a batch that does not divide, clips longer than the model knows, or a text encoder of unknown width.
     """
     micro, accumulation = accumulation_steps(run.train, plan.gpus)
     manifest = None
@@ -73,16 +73,19 @@ def read_work(plan: PlanConfig, run: RunConfig) -> tuple[Work, RunConfig]:
 
 
 def _fill_in(plan: PlanConfig, run: TransformerRunConfig, manifest: Manifest | None) -> TransformerRunConfig:
-    if run.text.encoder != "hashing" and not plan.text_width:
-        raise ConfigError(
-            f"setting 'text_width' is 0, but the width of text encoder '{run.text.encoder}' is known only once it is loaded: "
-            "give it, such as text_width=768"
-        )
-    width = run.text.width if run.text.encoder == "hashing" else plan.text_width
+    text, stored = run.text, manifest.stored_text if manifest is not None else None
+    width = text.width if text.encoder == "hashing" else plan.text_width
+    if not text.encoder and manifest is not None:
+        if stored is None:
+            raise ConfigError(f"setting 'text.encoder' is empty, but --data {run.data} holds no text vectors: name an encoder")
+        width, text = stored.width, dataclasses.replace(text, tokens=stored.settings.tokens)
+    if not width:
+        of = f"text encoder '{text.encoder}' is known only once it is loaded" if text.encoder else "stored vectors is known from --data"
+        raise ConfigError(f"setting 'text_width' is 0, but the width of {of}: give it, such as text_width=768")
     model = dataclasses.replace(run.model, text_width=width)
     if manifest is not None:
         model = dataclasses.replace(model, grid_size=manifest.grid_size, codebook_size=manifest.codebook_size)
-    return dataclasses.replace(run, model=model)
+    return dataclasses.replace(run, model=model, text=text)
 
 
 def _lengths(plan: PlanConfig, run: TransformerRunConfig, manifest: Manifest | None) -> dict[int, int]:
