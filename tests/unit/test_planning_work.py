@@ -73,6 +73,7 @@ def test_settings_tell_of_them_without_data() -> None:
         ({"longest": 50}, {}, "'model.max_frames' is 40, but the longest clip has 50 frames"),
         ({}, {"text": {"encoder": "bert-base-uncased"}}, "give it, such as text_width=768"),
         ({}, {"text": {"encoder": ""}}, "the width of stored vectors is known from --data: give it, such as text_width=768"),
+        ({"gpus": 2}, {"train": {"sequence_parallel": 2}}, "'train.sequence_parallel' is 2; allowed: 1, because what ranks save"),
     ],
 )
 def test_what_does_not_go_together_is_refused(plan: dict[str, Any], run: dict[str, Any], message: str) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from t2v_ds.config import PlanConfig, TransformerRunConfig, VQVAERunConfig
+from t2v_ds.config import PlanConfig, TransformerRunConfig, VQVAERunConfig, require
 from t2v_ds.data.manifest import Manifest
 from t2v_ds.errors import ConfigError
 from t2v_ds.training.ds_config import accumulation_steps
@@ -53,8 +53,11 @@ def read_work(plan: PlanConfig, run: RunConfig) -> tuple[Work, RunConfig]:
 
     Raises:
         DataError: --data is no finished folder of this kind.
-        ConfigError: a batch that does not divide, clips longer than the model knows, or a text encoder of unknown width.
+        ConfigError: a batch that does not divide, clips longer than the model knows, a text encoder of unknown width, or ranks that
+            share clips.
     """
+    shared = run.train.sequence_parallel
+    require(shared == 1, "train.sequence_parallel", shared, "1, because what ranks save by sharing clips is not planned yet")
     micro, accumulation = accumulation_steps(run.train, plan.gpus)
     manifest = None
     if run.data:
