@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import errno
 import inspect
 import json
 import logging
@@ -38,6 +37,7 @@ from t2v_ds.config import (
 )
 from t2v_ds.config_loader import load_config, load_plan, resolve_recipe
 from t2v_ds.errors import ConfigError, DataError, UserError, nearest
+from t2v_ds.files import FULL, require_writable, write_atomically
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,8 @@ def _plan(config: tuple[PlanConfig, Any], flags: argparse.Namespace) -> None:
     settings, run = config
     if flags.json and not Path(flags.json).absolute().parent.is_dir():
         raise ConfigError(f"--json is {flags.json!r}, but {Path(flags.json).parent} is no folder")
-    from t2v_ds.files import write_atomically
+    if flags.json:
+        require_writable("--json", flags.json)  # before minutes of planning
     from t2v_ds.training.planning.fit import changes_that_fit
     from t2v_ds.training.planning.planner import Planner
     from t2v_ds.training.planning.report import to_json, write_text
@@ -483,7 +484,7 @@ def main() -> None:
     except UserError as error:
         code = _say(str(error), rank)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
         code = _say(f"the disk is full{f' ({error.filename})' if error.filename else ''}: make room, then run the same command again", rank)
     except KeyboardInterrupt:

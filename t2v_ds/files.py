@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+
+from t2v_ds.errors import ConfigError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk, or what the user may have of it
 
 
 class DiskError(Exception):
@@ -31,6 +36,23 @@ def disk_errors() -> Iterator[None]:
 def is_url(location: str | Path) -> bool:
     """Whether this is a URL (s3://, gs://, https://, file://, ...) and not a path."""
     return "://" in str(location)
+
+
+def require_writable(flag: str, path: str | Path, folder: bool = False) -> None:
+    """Raise ConfigError unless a file (or `folder`) can be made at `path`, as its nearest folder that exists tells; makes nothing."""
+    path = Path(path)
+    try:
+        if not folder and path.is_dir():
+            raise ConfigError(f"{flag} is {str(path)!r}, which is a folder; allowed: a file name")
+        nearest = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+        probe = nearest / f".{path.name}.tmp"  # as `write_atomically` names it: too long a name is found, too
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        what = "folder" if folder else "file"
+        raise ConfigError(f"{flag} is {str(path)!r}, where no {what} can be made: {error.strerror or error}") from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -16,18 +16,21 @@ from t2v_ds.config import SamplingConfig
 from t2v_ds.data.gif import RejectedClip, decode_gif, encode_gif
 from t2v_ds.data.video import contact_sheet, write_mp4, write_png
 from t2v_ds.errors import ConfigError
-from t2v_ds.files import write_atomically
+from t2v_ds.files import require_writable, write_atomically
 from t2v_ds.models.facade import Generator
 
 SUFFIXES = (".gif", ".mp4")
 
 
 def check_outputs(out: str | Path, sheet: str | Path | None) -> None:
-    """Raise ConfigError unless the names end in what can be written."""
+    """Raise ConfigError unless the names end in what can be written, and files can be made there."""
     if Path(out).suffix.lower() not in SUFFIXES:
         raise ConfigError(f"--out is {str(out)!r}; allowed: a file name that ends in {' or '.join(SUFFIXES)}")
     if sheet and Path(sheet).suffix.lower() != ".png":
         raise ConfigError(f"--sheet is {str(sheet)!r}; allowed: a file name that ends in .png")
+    require_writable("--out", out)
+    if sheet:
+        require_writable("--sheet", sheet)
 
 
 def generate_files(
@@ -49,7 +52,7 @@ def generate_files(
         The files written.
 
     Raises:
-        ConfigError: another ending, no prompt, an empty one, or a GIF that cannot be read.
+        ConfigError: another ending, a place where nothing can be written, no prompt, an empty one, or a GIF that cannot be read.
     """
     check_outputs(out, sheet)
     out = Path(out)

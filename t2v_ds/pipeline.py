@@ -39,6 +39,7 @@ from t2v_ds.evaluation.reconstruction import measure_reconstruction
 from t2v_ds.evaluation.report import write_report
 from t2v_ds.files import write_atomically
 from t2v_ds.generate import write_clip
+from t2v_ds.models.exported import content_id, load_exported
 from t2v_ds.models.facade import Generator, load_generator, load_tokenizer
 from t2v_ds.tokenize import tokenize
 from t2v_ds.training.run import train_transformer, train_vqvae
@@ -113,7 +114,10 @@ def _percent(values: dict[str, float]) -> str:
 def _evaluate(config: DemoConfig, manifest: Manifest, tokenizer: Path, generator: Path, out: Path) -> dict[str, Any]:
     """Measure both models, draw the clips to show, and keep the results in a file."""
     path = out / RESULTS
-    settings = {"evaluate": to_dict(config.evaluate), "prompts": list(config.prompts)}
+    frames_and_codes = load_tokenizer(tokenizer)
+    # The ids: a model that was trained longer is measured anew.
+    ids = {"tokenizer": frames_and_codes.tokenizer_id, "generator": content_id(*load_exported(generator))}
+    settings = {"evaluate": to_dict(config.evaluate), "prompts": list(config.prompts), **ids}
     if path.is_file():
         known = dict(json.loads(path.read_text()))
         if known.get("settings") == settings:
@@ -124,7 +128,7 @@ def _evaluate(config: DemoConfig, manifest: Manifest, tokenizer: Path, generator
     results: dict[str, Any] = {
         "settings": settings,
         "data": {"clips": manifest.total_clips, "frames": manifest.total_frames, "rejected": manifest.rejected},
-        "reconstruction": dataclasses.asdict(measure_reconstruction(load_tokenizer(tokenizer), unseen)),
+        "reconstruction": dataclasses.asdict(measure_reconstruction(frames_and_codes, unseen)),
         "losses": {name: _last_metrics(folder) for name, folder in (("vqvae", tokenizer), ("transformer", generator))},
     }
     prompted = choose_prompts(config.evaluate.prompts)

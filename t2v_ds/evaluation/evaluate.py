@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from t2v_ds.config import EvaluateConfig
+from t2v_ds.config import EvaluateConfig, require
 from t2v_ds.config_loader import to_dict
 from t2v_ds.data.sources import MOVING_SHAPES
 from t2v_ds.data.video import write_png
@@ -36,7 +36,7 @@ from t2v_ds.evaluation.generator_report import pair_sheet, write_page, write_sca
 from t2v_ds.evaluation.intervals import share_of
 from t2v_ds.evaluation.likelihood import measure_loss, unigram_bits
 from t2v_ds.evaluation.likeness import PerceptualSpace, distinctness, memorisation, open_space, own_clips
-from t2v_ds.evaluation.work import PAGE, REPORT, SHEET, WORK, Work, finished
+from t2v_ds.evaluation.work import PAGE, REPORT, SHEET, WORK, Work, check_out, finished
 from t2v_ds.files import write_atomically
 from t2v_ds.models.exported import content_id, load_exported
 from t2v_ds.models.facade import Generator, load_generator
@@ -92,13 +92,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         The report, as it stands in `report.json`.
 
     Raises:
-        ConfigError: a folder is not given, a network cannot be loaded, or clips are longer than the model knows.
+        ConfigError: a folder is not given or cannot be made, a network cannot be loaded, or clips are longer than the model knows.
         DataError, CheckpointError: damaged or mismatched input, or `out` holds a report with other settings, or other files.
     """
     for flag, value in (("--model", config.model), ("--data", config.data), ("--out", config.out)):
         if not value:
             raise ConfigError(f"{flag} is not given; name a folder")
     out = Path(config.out)
+    check_out(out)
     with contextlib.ExitStack() as stack:
         evaluation = _open(config, stack)
         identity = evaluation.identity()
@@ -132,6 +133,8 @@ def _open(config: EvaluateConfig, stack: contextlib.ExitStack) -> Evaluation:
             raise DataError(f"{one.tokens.folder} holds clips with empty captions, for which nothing can be drawn")
     if config.sampling.frames > known:
         raise ConfigError(f"setting 'sampling.frames' is {config.sampling.frames}; this model knows 1 to {known} frames")
+    ends = generator.model.config.last_frame
+    require(ends or not config.sampling.loop, "sampling.loop", True, "false, for this model was not trained to end on a frame")
     size = training.tokens.manifest.image_size
     extractor, space = open_extractor(config.fvd, device), open_space(config.perceptual, size, device)
     extractor.check(size)

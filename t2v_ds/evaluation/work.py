@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from t2v_ds.errors import DataError
-from t2v_ds.files import code_digest, write_atomically
+from t2v_ds.files import code_digest, require_writable, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,24 @@ class Work:
         return load_arrays(path)
 
 
+def check_out(out: Path) -> None:
+    """Find out before anything is loaded whether a report can be written into `out`.
+
+    Raises:
+        DataError: it is a file, or holds something else.
+        ConfigError: no folder can be made there.
+    """
+    ours = {REPORT, PAGE, SHEET, EVENTS, WORK, *(f".{name}.tmp" for name in (REPORT, PAGE, SHEET))}
+    strangers = sorted(path.name for path in out.iterdir() if path.name not in ours) if out.is_dir() else []
+    if strangers or (out.exists() and not out.is_dir()):
+        what = f"holds other files ('{strangers[0]}')" if strangers else "is a file"
+        raise DataError(f"{out} {what}: choose a new or empty folder for the report")
+    if not out.is_dir():
+        require_writable("--out", out, folder=True)
+    elif not (out / REPORT).is_file():
+        require_writable("--out", out / REPORT)
+
+
 def finished(out: Path, identity: dict[str, Any], again: bool) -> dict[str, Any] | None:
     """The report of `out` if it was made with these settings; None where there is still something to measure.
 
@@ -76,14 +94,9 @@ def finished(out: Path, identity: dict[str, Any], again: bool) -> dict[str, Any]
         again: throw away a report, or a part of one, that was made with others.
 
     Raises:
-        DataError: made with others (names the first difference), or the folder holds something else.
+        DataError: made with others (names the first difference).
     """
     report, settings = out / REPORT, out / WORK / "settings.json"
-    ours = {REPORT, PAGE, SHEET, EVENTS, WORK, *(f".{name}.tmp" for name in (REPORT, PAGE, SHEET))}
-    strangers = sorted(path.name for path in out.iterdir() if path.name not in ours) if out.is_dir() else []
-    if strangers or (out.exists() and not out.is_dir()):
-        what = f"holds other files ('{strangers[0]}')" if strangers else "is a file"
-        raise DataError(f"{out} {what}: choose a new or empty folder for the report")
     found = _read(report).get("identity") if report.is_file() else _read(settings).get("identity") if settings.is_file() else None
     if found is None:
         return None

@@ -2,12 +2,15 @@
 
 decoding "token": the negative log likelihood itself. Decoding "frame": of drawing the positions of each frame one by one in random order,
     -log p(frame) <= P * mean over k = 1 to P of the mean loss of k masked positions        (Uria et al. 2014; Hoogeboom et al. 2022)
-an upper bound of the model's own, estimated with `STRATA` numbers k spread over 1 to P and random positions from a fixed seed.
+an upper bound of the model's own, estimated with `STRATA` numbers k spread over 1 to P and random positions.
+
+Every clip has its own random stream, seeded by its codes, so that its figure does not depend on the clips computed with it.
 """
 
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Sequence
 
 import torch
@@ -23,13 +26,23 @@ def bits_per_code(model: VideoTransformer, codes: Tensor, lengths: Sequence[int]
     """Bits a code of whole clips, the mean over each clip's codes: fp64 [B]; arguments as `VideoTransformer.forward` takes them."""
     if model.config.decoding == "token":
         return model(codes, lengths, text, mask).codes.double() / math.log(2)  # type: ignore[no-any-return]
-    generator, positions = torch.Generator().manual_seed(0), model.config.positions
+    positions = model.config.positions
+    streams = [torch.Generator().manual_seed(_digest(clip)) for clip in codes.split(list(lengths))]
     strata = min(STRATA, positions)
     total = torch.zeros(len(lengths), dtype=torch.float64, device=codes.device)
     for stratum in range(strata):
-        within = float(torch.rand((), generator=generator))
-        count = 1 + int((stratum + within) / strata * positions)  # uniform in 1 to P over the strata
-        ranks = torch.rand(len(codes), positions, generator=generator).argsort(1).argsort(1)
-        masked = (ranks < count).to(codes.device)
+        masks = [_mask(length, positions, stratum, strata, stream) for length, stream in zip(lengths, streams, strict=True)]
+        masked = torch.cat(masks).to(codes.device)
         total += model(codes, lengths, text, mask, None, None, masked).codes.double()
     return total / strata / math.log(2)
+
+
+def _digest(codes: Tensor) -> int:
+    return zlib.crc32(codes.to("cpu", torch.int32).contiguous().numpy().tobytes())
+
+
+def _mask(length: int, positions: int, stratum: int, strata: int, stream: torch.Generator) -> Tensor:
+    """Which positions of a clip's frames are masked: bool [T, P], equally many in each frame."""
+    within = float(torch.rand((), generator=stream))
+    count = 1 + int((stratum + within) / strata * positions)  # uniform in 1 to P over the strata
+    return torch.rand(length, positions, generator=stream).argsort(1).argsort(1) < count

@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 from t2v_ds.config import TrainConfig
 from t2v_ds.data.contents import contents, describe_change
-from t2v_ds.errors import CheckpointError, ConfigError
-from t2v_ds.files import code_digest, remove_folder, write_atomically
+from t2v_ds.errors import CheckpointError, ConfigError, UserError
+from t2v_ds.files import FULL, code_digest, remove_folder, write_atomically
 from t2v_ds.training import checkpoint, health
 from t2v_ds.training.distributed import Collectives, connect
 from t2v_ds.training.engine import Engine
@@ -140,7 +140,7 @@ def train(
     Raises:
         CheckpointError: a damaged checkpoint, or one made with other settings; a run finished on other data.
         DataError: the data has changed since the checkpoint; says what.
-        ConfigError: settings that do not fit one another.
+        ConfigError: settings that do not fit one another, or `run` cannot be written.
         UserError: losses stay non-finite.
         StopRequested: a stop signal came; the checkpoint is saved. A `SystemExit` with code 0.
     """
@@ -162,10 +162,12 @@ def _prepare_folder(
     if collectives.rank == 0:
         try:
             outcome = _prepare_on_rank_0(run, config, dataset, steps, resume, accept_new_data)
-        except CheckpointError as error:  # all ranks must raise, or the others would wait for rank 0
+        except (UserError, OSError) as error:  # all ranks must raise, or the others would wait for rank 0
             outcome = error
+            if isinstance(error, OSError) and error.errno not in FULL:
+                outcome = ConfigError(f"a run cannot be kept in {run}: {error.strerror or error}; choose another folder with --out")
     outcome = collectives.broadcast_object(outcome)
-    if isinstance(outcome, CheckpointError):
+    if isinstance(outcome, UserError | OSError):
         raise outcome
     return outcome  # type: ignore[no-any-return]
 

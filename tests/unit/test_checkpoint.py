@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from t2v_ds.errors import CheckpointError
+from t2v_ds.errors import CheckpointError, ConfigError
 from t2v_ds.models.exported import content_id, export_model, load_exported, load_state
 from t2v_ds.training import checkpoint
 from t2v_ds.training.checkpoint import checkpoints, config_difference, latest_checkpoint
+from t2v_ds.training.loop import _prepare_folder
 from tests.toy import train_toy
 
 SETTINGS: dict[str, Any] = {
@@ -65,6 +66,23 @@ def test_a_finished_run_returns_at_once_and_a_longer_one_goes_on(finished: Path,
 def test_resumed_equals_undisturbed(run: Path, finished: Path) -> None:
     train_toy(run, SETTINGS)
     assert (run / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+
+
+def test_a_place_where_no_run_can_be_is_told_to_all_ranks(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    told: list[Any] = []
+
+    class Two:
+        rank, world_size = 0, 2
+
+        def broadcast_object(self, value: Any) -> Any:
+            told.append(value)
+            return value
+
+    for place in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ConfigError, match=r"a run cannot be kept in .*file.*: (File exists|Not a directory); choose") as caught:
+            _prepare_folder(place, {}, None, 1, True, False, Two())  # type: ignore[arg-type]
+        assert str(pickle.loads(pickle.dumps(told.pop()))) == str(caught.value)
 
 
 def test_half_written_ones_are_invisible_and_removed(run: Path) -> None:

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from t2v_ds import __version__, cli
 from t2v_ds.config import DemoConfig, PrepareConfig, SamplingConfig
 from t2v_ds.config_loader import to_dict
 from t2v_ds.errors import ConfigError, DataError
+from t2v_ds.files import require_writable
 from tests.helpers import environment
 
 VERBS = [
@@ -136,6 +138,12 @@ def test_the_launchers_flag_is_ignored_wherever_it_stands(at: int, flag: str, ca
         (["generate", "--model", "m", "--prompt", "a", "--prompt", "  "], "--prompt is empty"),
         (["generate", "--model", "m", "--prompt", "a", "--out", "x.avi"], "--out is 'x.avi'; allowed: a file name that ends in .gif or"),
         (["generate", "--model", "m", "--prompt", "a", "--sheet", "x.jpg"], "--sheet is 'x.jpg'; allowed: a file name that ends in .png"),
+        (["generate", "--model", "m", "--prompt", "a", "--out", "/proc/x.gif"], "--out is '/proc/x.gif', where no file can be"),
+        (["generate", "--model", "m", "--prompt", "a", "--out", "/dev/null/x.gif"], "'/dev/null/x.gif', where no file can be"),
+        (["generate", "--model", "m", "--prompt", "a", "--sheet", "/dev/null/a/x.png"], "--sheet is '/dev/null/a/x.png', where no file"),
+        (["plan", "--json", "/"], "--json is '/', which is a folder; allowed: a file name"),
+        (["plan", "--json", "/proc/x.json"], "--json is '/proc/x.json', where no file can be"),
+        (["evaluate", "--model", "m", "--data", "x", "--out", "/dev/null/ev"], "--out is '/dev/null/ev', where no folder can be"),
         (["tokenize", "--data", "x", "--out", "y"], "--tokenizer is not given"),
         (["train-transformer", "--data", "x"], "--out is not given"),
         (["train-vqvae", "--out", "x"], "--data is not given"),
@@ -148,6 +156,17 @@ def test_mistakes_are_one_sentence(arguments: list[str], sentence: str) -> None:
         cli.run(arguments)
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_place_to_write_is_tried_without_leaving_anything(tmp_path: Path) -> None:
+    (tmp_path / "dir.gif").mkdir()
+    with pytest.raises(ConfigError, match=r"dir.gif', which is a folder; allowed: a file name"):
+        cli.run(["generate", "--model", "m", "--prompt", "a", "--out", str(tmp_path / "dir.gif")])
+    require_writable("--out", tmp_path / "new" / "folder" / "x.gif")
+    require_writable("--out", tmp_path / "dir.gif", folder=True)
+    with pytest.raises(ConfigError, match="where no file can be made: File name too long"):
+        require_writable("--out", tmp_path / f"{'x' * 255}.gif")
+    assert [path.name for path in tmp_path.rglob("*")] == ["dir.gif"]
 
 
 @pytest.mark.parametrize(

@@ -52,3 +52,13 @@ def test_frame_equals_the_chain_rule_over_random_orders() -> None:
     expected = sum(total) / len(total)
     found = float(bits_per_code(model, codes, [1], text, mask))  # four strata: every k once, with one random choice of positions
     assert found == pytest.approx(expected, rel=0.15)
+
+
+def test_a_clips_figure_does_not_depend_on_the_clips_beside_it() -> None:
+    model, lengths = make(2, decoding="frame"), [3, 1, 2]
+    codes, (text, mask) = codes_of(6), captions(3)
+    together = bits_per_code(model, codes, lengths, text, mask)
+    alone = [
+        bits_per_code(model, clip, [len(clip)], text[i : i + 1], mask[i : i + 1])[0] for i, clip in enumerate(codes.split(lengths))
+    ]
+    torch.testing.assert_close(together, torch.stack(alone), rtol=1e-5, atol=0)

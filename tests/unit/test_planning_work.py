@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from t2v_ds.config import PlanConfig, TransformerRunConfig, VQVAERunConfig
+from t2v_ds.config import PlanConfig, TextConfig, TransformerRunConfig, VQVAERunConfig
 from t2v_ds.config_loader import from_dict, load_plan
-from t2v_ds.data.manifest import Manifest, ShardInfo
+from t2v_ds.data.manifest import Manifest, ShardInfo, StoredText
 from t2v_ds.errors import ConfigError, DataError
 from t2v_ds.training.planning.work import largest_micro_batch, mean_over_clips, read_work
 
@@ -21,11 +21,12 @@ def run_of(**data: Any) -> TransformerRunConfig:
     return from_dict(TransformerRunConfig, data)
 
 
-def write_manifest(folder: Path, lengths: dict[int, int]) -> None:
+def write_manifest(folder: Path, lengths: dict[int, int], text: StoredText | None = None) -> None:
     clips = sum(lengths.values())
     frames = sum(length * count for length, count in lengths.items())
     shard = ShardInfo("a.tar", clips, frames, 1, "0", "0", 0, {str(length): count for length, count in lengths.items()})
-    Manifest.build("tokens", [shard], grid_size=8, codebook_size=77, image_size=64, tokenizer_id="t").save(folder)
+    stored = {} if text is None else text.describe(0)
+    Manifest.build("tokens", [shard], grid_size=8, codebook_size=77, image_size=64, tokenizer_id="t", **stored).save(folder)
 
 
 def test_data_tells_of_grid_codebook_and_lengths(tmp_path: Path) -> None:
@@ -35,6 +36,20 @@ def test_data_tells_of_grid_codebook_and_lengths(tmp_path: Path) -> None:
     assert (run.model.grid_size, run.model.codebook_size) == (8, 77)
     assert (work.micro, work.accumulation, work.clips, work.steps) == (2, 2, 4, 2)
     assert (work.longest, work.mean_frames) == (17, 15.5)
+
+
+def test_stored_text_vectors_tell_of_width_and_tokens(tmp_path: Path) -> None:
+    write_manifest(tmp_path, {15: 8}, StoredText("minilm/1", TextConfig("minilm", 24), 384))
+    empty = run_of(data=str(tmp_path), text={"encoder": ""})
+    work, run = read_work(PlanConfig(), empty)
+    for again in (run, read_work(PlanConfig(text_width=9), empty)[1], read_work(PlanConfig(), run)[1]):  # a change is planned from `run`
+        assert isinstance(again, TransformerRunConfig)
+        assert (again.model.text_width, again.text.tokens, work.longest) == (384, 24, 15)
+    write_manifest(tmp_path, {15: 8})
+    with pytest.raises(ConfigError, match=r"'text.encoder' is empty, but --data .* holds no text vectors: name an encoder"):
+        read_work(PlanConfig(), empty)
+    run = read_work(PlanConfig(text_width=9), run_of(text={"encoder": ""}))[1]
+    assert isinstance(run, TransformerRunConfig) and run.model.text_width == 9
 
 
 def test_settings_tell_of_them_without_data() -> None:
@@ -57,6 +72,8 @@ def test_settings_tell_of_them_without_data() -> None:
         ({"frames": 50}, {}, "'frames' is 50, but the longest clip has 40"),
         ({"longest": 50}, {}, "'model.max_frames' is 40, but the longest clip has 50 frames"),
         ({}, {"text": {"encoder": "bert-base-uncased"}}, "give it, such as text_width=768"),
+        ({}, {"text": {"encoder": ""}}, "the width of stored vectors is known from --data: give it, such as text_width=768"),
+        ({"gpus": 2}, {"train": {"sequence_parallel": 2}}, "'train.sequence_parallel' is 2; allowed: 1, because what ranks save"),
     ],
 )
 def test_what_does_not_go_together_is_refused(plan: dict[str, Any], run: dict[str, Any], message: str) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from t2v_ds.config import PlanConfig, TransformerRunConfig, VQVAERunConfig
+from t2v_ds.config import PlanConfig, TransformerRunConfig, VQVAERunConfig, require
 from t2v_ds.data.manifest import Manifest
 from t2v_ds.errors import ConfigError
 from t2v_ds.training.ds_config import accumulation_steps
@@ -53,8 +53,11 @@ def read_work(plan: PlanConfig, run: RunConfig) -> tuple[Work, RunConfig]:
 
     Raises:
         DataError: --data is no finished folder of this kind.
-        ConfigError: a batch that does not divide, or clips longer than the model knows.
+        ConfigError: a batch that does not divide, clips longer than the model knows, a text encoder of unknown width, or ranks that
+            share clips.
     """
+    shared = run.train.sequence_parallel
+    require(shared == 1, "train.sequence_parallel", shared, "1, because what ranks save by sharing clips is not planned yet")
     micro, accumulation = accumulation_steps(run.train, plan.gpus)
     manifest = None
     if run.data:
@@ -73,16 +76,19 @@ def read_work(plan: PlanConfig, run: RunConfig) -> tuple[Work, RunConfig]:
 
 
 def _fill_in(plan: PlanConfig, run: TransformerRunConfig, manifest: Manifest | None) -> TransformerRunConfig:
-    if run.text.encoder != "hashing" and not plan.text_width:
-        raise ConfigError(
-            f"setting 'text_width' is 0, but the width of text encoder '{run.text.encoder}' is known only once it is loaded: "
-            "give it, such as text_width=768"
-        )
-    width = run.text.width if run.text.encoder == "hashing" else plan.text_width
+    text, stored = run.text, manifest.stored_text if manifest is not None else None
+    width = text.width if text.encoder == "hashing" else plan.text_width
+    if not text.encoder and manifest is not None:
+        if stored is None:
+            raise ConfigError(f"setting 'text.encoder' is empty, but --data {run.data} holds no text vectors: name an encoder")
+        width, text = stored.width, dataclasses.replace(text, tokens=stored.settings.tokens)
+    if not width:
+        of = f"text encoder '{text.encoder}' is known only once it is loaded" if text.encoder else "stored vectors is known from --data"
+        raise ConfigError(f"setting 'text_width' is 0, but the width of {of}: give it, such as text_width=768")
     model = dataclasses.replace(run.model, text_width=width)
     if manifest is not None:
         model = dataclasses.replace(model, grid_size=manifest.grid_size, codebook_size=manifest.codebook_size)
-    return dataclasses.replace(run, model=model)
+    return dataclasses.replace(run, model=model, text=text)
 
 
 def _lengths(plan: PlanConfig, run: TransformerRunConfig, manifest: Manifest | None) -> dict[int, int]:
