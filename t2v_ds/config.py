@@ -453,8 +453,9 @@ class TransformerRunConfig:
         require(self.mask in ("tube", "frame"), "mask", self.mask, "'tube' or 'frame'")
         for name in ("context_noise", "context_confusion"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "0 to 1")
-        allowed = "0 to 1" if self.model.last_frame else "0, unless model.last_frame=true"
-        require(0 <= self.last_frame_share <= self.model.last_frame, "last_frame_share", self.last_frame_share, allowed)
+        allowed = "above 0, up to 1, as model.last_frame=true" if self.model.last_frame else "0, unless model.last_frame=true"
+        fits = 0 < self.last_frame_share <= 1 if self.model.last_frame else self.last_frame_share == 0
+        require(fits, "last_frame_share", self.last_frame_share, allowed)
         require(self.z_loss >= 0, "z_loss", self.z_loss, ">= 0")
 
 

@@ -213,6 +213,8 @@ def test_every_setting_says_what_it_is_where_its_name_does_not() -> None:
         (TransformerConfig, {"grid_size": 9, "group": 2}),
         (TransformerConfig, {"neighbourhood": 2}),
         (TransformerRunConfig, {"caption_dropout": 1.0}),
+        (TransformerRunConfig, {"last_frame_share": 0.3}),
+        (TransformerRunConfig, {"model": TransformerConfig(last_frame=True)}),  # it would accept loops that it never learned
         (TokenizeConfig, {"batch_frames": 0}),
         (SamplingConfig, {"top_p": 0.0}),
         (DemoEvaluationConfig, {"prompts": 1}),
