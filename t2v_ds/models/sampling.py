@@ -23,6 +23,8 @@ from t2v_ds.config import SamplingConfig
 from t2v_ds.models.inputs import Goals, Where
 from t2v_ds.models.transformer import VideoTransformer
 
+COLDEST = 1e-6  # divided by less, logits would overflow
+
 
 def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Set to -inf what top-k and top-p (nucleus sampling, Holtzman et al. 2020) leave out: [..., K] -> [..., K].
@@ -59,7 +61,7 @@ class Draws:
 def draw(logits: Tensor, temperature: float, config: SamplingConfig, draws: Draws) -> Tensor:
     """Draw codes from logits [B, n, K] by the top-k and top-p of `config`: int64 [B, n]."""
     logits = logits.float()
-    if temperature == 0:
+    if temperature < COLDEST:
         return logits.argmax(-1)
     probabilities = filter_logits(logits / temperature, config.top_k, config.top_p).softmax(-1).double()
     # Inverse of the cumulative distribution: one number a draw, however many codes there are.

@@ -97,6 +97,7 @@ def test_draws_follow_the_filtered_distribution() -> None:
         (1.0, 0, 0.8): [0, 0.4 / 0.85, 0, 0.3 / 0.85, 0.15 / 0.85],
         (0.5, 0, 1.0): [p * p / 0.285 for p in (0.1, 0.4, 0.05, 0.3, 0.15)],
         (0.0, 0, 1.0): [0, 1, 0, 0, 0],
+        (1e-42, 0, 1.0): [0, 1, 0, 0, 0],
     }
     for (temperature, top_k, top_p), shares in wanted.items():
         config = SamplingConfig(top_k=top_k, top_p=top_p)
