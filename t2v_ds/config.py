@@ -648,3 +648,7 @@ class DemoConfig:
     transformer: TransformerRunConfig = field(default_factory=TransformerRunConfig)
     evaluate: DemoEvaluationConfig = field(default_factory=DemoEvaluationConfig)
     prompts: tuple[str, ...] = ("a large red circle moves right slowly",)  # what the demo draws at its end
+
+    def __post_init__(self) -> None:
+        given = bool(self.prompts) and all(map(str.strip, self.prompts))
+        require(given, "prompts", self.prompts, "one or more captions, none of them empty")
