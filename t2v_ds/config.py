@@ -340,6 +340,9 @@ class StoredTextConfig(TextConfig):
     encoder: str = ""  # whose vectors are stored with the codes: "hashing", "minilm", or a Hugging Face name or folder; empty: none are
 
 
+GRID_SIZE = 32  # codes a side, until the data says
+
+
 @dataclass
 class TransformerConfig:
     """The transformer; the defaults are the spec size."""
@@ -364,7 +367,7 @@ class TransformerConfig:
     last_frame: bool = False  # can be given the last frame of a clip (see train's last_frame_share), and so draw loops
     activation_checkpointing: bool = False  # keep only the input of each layer, and compute it again in the backward pass
     loss_tile: int = 0  # positions whose logits exist at a time; 0: all
-    grid_size: int = 32  # taken from the token shards, whatever is given
+    grid_size: int = GRID_SIZE  # taken from the token shards, whatever is given
     codebook_size: int = 1024  # taken from the token shards, whatever is given
     text_width: int = 0  # taken from the text encoder, whatever is given
 
@@ -382,7 +385,9 @@ class TransformerConfig:
         require(0 <= self.dropout < 1, "model.dropout", self.dropout, "0 to below 1")
         require(self.max_frames >= 1, "model.max_frames", self.max_frames, ">= 1")
         require(self.group >= 1, "model.group", self.group, ">= 1")
-        require(self.grid_size % self.group == 0, "model.group", self.group, f"a divisor of the grid ({self.grid_size} codes a side)")
+        known = self.text_width > 0 or self.grid_size != GRID_SIZE  # else the data's grid, which is filled in with the width, is to come
+        fits = not known or self.grid_size % self.group == 0
+        require(fits, "model.group", self.group, f"a divisor of the grid ({self.grid_size} codes a side)")
         side = self.neighbourhood
         require(side == 0 or (side > 0 and side % 2 == 1), "model.neighbourhood", side, "0 or an odd number")
         require(self.loss_tile >= 0, "model.loss_tile", self.loss_tile, ">= 0 positions")

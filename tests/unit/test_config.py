@@ -117,6 +117,13 @@ def test_mistakes_are_named(overrides: list[str], sentence: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_whether_a_group_divides_the_grid_is_asked_once_the_data_has_said_how_large_it_is() -> None:
+    model = load_config(TransformerRunConfig, overrides=["model.group=3"]).model
+    assert dataclasses.replace(model, grid_size=24, text_width=8).side == 8
+    with pytest.raises(ConfigError, match=re.escape("a divisor of the grid (32 codes a side)")):
+        dataclasses.replace(model, grid_size=32, text_width=8)
+
+
 def test_a_preset_is_a_name() -> None:
     with pytest.raises(ConfigError, match=re.escape("setting 'model.preset' in the command line is [1]; expected text")):
         load_config(TransformerRunConfig, overrides=["model.preset=[1]"])

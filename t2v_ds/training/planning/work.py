@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -79,10 +80,8 @@ def _fill_in(plan: PlanConfig, run: TransformerRunConfig, manifest: Manifest | N
             "give it, such as text_width=768"
         )
     width = run.text.width if run.text.encoder == "hashing" else plan.text_width
-    model = dataclasses.replace(run.model, text_width=width)
-    if manifest is not None:
-        model = dataclasses.replace(model, grid_size=manifest.grid_size, codebook_size=manifest.codebook_size)
-    return dataclasses.replace(run, model=model)
+    found: dict[str, Any] = {} if manifest is None else {"grid_size": manifest.grid_size, "codebook_size": manifest.codebook_size}
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, text_width=width, **found))
 
 
 def _lengths(plan: PlanConfig, run: TransformerRunConfig, manifest: Manifest | None) -> dict[int, int]:
