@@ -340,6 +340,9 @@ class StoredTextConfig(TextConfig):
     encoder: str = ""  # whose vectors are stored with the codes: "hashing", "minilm", or a Hugging Face name or folder; empty: none are
 
 
+GRID_SIZE = 32  # codes a side, until the data says
+
+
 @dataclass
 class TransformerConfig:
     """The transformer; the defaults are the spec size."""
@@ -364,7 +367,7 @@ class TransformerConfig:
     last_frame: bool = False  # can be given the last frame of a clip (see train's last_frame_share), and so draw loops
     activation_checkpointing: bool = False  # keep only the input of each layer, and compute it again in the backward pass
     loss_tile: int = 0  # positions whose logits exist at a time; 0: all
-    grid_size: int = 32  # taken from the token shards, whatever is given
+    grid_size: int = GRID_SIZE  # taken from the token shards, whatever is given
     codebook_size: int = 1024  # taken from the token shards, whatever is given
     text_width: int = 0  # taken from the text encoder, whatever is given
 
@@ -382,7 +385,9 @@ class TransformerConfig:
         require(0 <= self.dropout < 1, "model.dropout", self.dropout, "0 to below 1")
         require(self.max_frames >= 1, "model.max_frames", self.max_frames, ">= 1")
         require(self.group >= 1, "model.group", self.group, ">= 1")
-        require(self.grid_size % self.group == 0, "model.group", self.group, f"a divisor of the grid ({self.grid_size} codes a side)")
+        known = self.text_width > 0 or self.grid_size != GRID_SIZE  # else the data's grid, which is filled in with the width, is to come
+        fits = not known or self.grid_size % self.group == 0
+        require(fits, "model.group", self.group, f"a divisor of the grid ({self.grid_size} codes a side)")
         side = self.neighbourhood
         require(side == 0 or (side > 0 and side % 2 == 1), "model.neighbourhood", side, "0 or an odd number")
         require(self.loss_tile >= 0, "model.loss_tile", self.loss_tile, ">= 0 positions")
@@ -453,8 +458,9 @@ class TransformerRunConfig:
         require(self.mask in ("tube", "frame"), "mask", self.mask, "'tube' or 'frame'")
         for name in ("context_noise", "context_confusion"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "0 to 1")
-        allowed = "0 to 1" if self.model.last_frame else "0, unless model.last_frame=true"
-        require(0 <= self.last_frame_share <= self.model.last_frame, "last_frame_share", self.last_frame_share, allowed)
+        allowed = "above 0, up to 1, as model.last_frame=true" if self.model.last_frame else "0, unless model.last_frame=true"
+        fits = 0 < self.last_frame_share <= 1 if self.model.last_frame else self.last_frame_share == 0
+        require(fits, "last_frame_share", self.last_frame_share, allowed)
         require(self.z_loss >= 0, "z_loss", self.z_loss, ">= 0")
 
 
@@ -645,3 +651,7 @@ class DemoConfig:
     transformer: TransformerRunConfig = field(default_factory=TransformerRunConfig)
     evaluate: DemoEvaluationConfig = field(default_factory=DemoEvaluationConfig)
     prompts: tuple[str, ...] = ("a large red circle moves right slowly",)  # what the demo draws at its end
+
+    def __post_init__(self) -> None:
+        given = bool(self.prompts) and all(map(str.strip, self.prompts))
+        require(given, "prompts", self.prompts, "one or more captions, none of them empty")

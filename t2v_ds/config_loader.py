@@ -86,7 +86,7 @@ def _read_settings(path: str | Path | None, overrides: Iterable[str]) -> tuple[d
             raise ConfigError(f"override '{override}' is not of the form key=value, such as train.steps=100")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # ValueError: of a day that no month has, or of thousands of digits
             value = text
         _set_nested(data, key.split("."), value, override)
     if overrides:
@@ -108,7 +108,7 @@ def from_dict(cls: type[T], data: dict[str, Any], origin: str = "config", prefix
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     values: dict[str, Any] = {}
-    if cls is TransformerConfig and data.get("preset") in PRESETS:
+    if cls is TransformerConfig and isinstance(data.get("preset"), str) and data["preset"] in PRESETS:
         data = {**PRESETS[data["preset"]], **data}
     for key, value in data.items():
         dotted = f"{prefix}{key}"
@@ -141,7 +141,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"config file {path} is not UTF-8 text") from error
     try:
         data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: of a day that no month has, or of thousands of digits
         raise ConfigError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if data is None:
         return {}
@@ -176,12 +176,12 @@ def _coerce(hint: Any, value: Any, key: str, origin: str) -> Any:
 def _scalar(hint: Any, value: Any, key: str, origin: str) -> Any:
     if hint is bool and isinstance(value, bool):
         return value
-    if hint is int and isinstance(value, (int, float)) and not isinstance(value, bool) and float(value).is_integer():
+    if hint is int and isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63 and value == int(value):
         return int(value)
     if hint is float and not isinstance(value, bool):
         try:
             number = float(value)  # also reads YAML's "1e-4", which is text to YAML 1.1
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if math.isfinite(number):
             return number
@@ -191,7 +191,11 @@ def _scalar(hint: Any, value: Any, key: str, origin: str) -> Any:
         if isinstance(value, (str, int, float)) and not isinstance(value, bool):
             return str(value)
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    raise ConfigError(f"setting '{key}' in {origin} is {value!r}; expected {names[hint]}")
+    shown = repr(value)
+    if isinstance(value, (int, float)) and len(shown) > 40:
+        shown = f"{shown[:20]}... ({len(shown)} characters)"
+    bounds = " below 2^63" if hint is int and isinstance(value, (int, float)) and abs(value) >= 2**63 else ""
+    raise ConfigError(f"setting '{key}' in {origin} is {shown}; expected {names[hint]}{bounds}")
 
 
 def resolve_recipe(name: str) -> Path:

@@ -236,6 +236,10 @@ class Generator:
         longest = self.model.config.max_frames
         if sampling.frames > longest:
             raise ConfigError(f"setting 'frames' is {sampling.frames}; this model knows 1 to {longest} frames")
+        if sampling.loop and last_frame is not None:
+            raise ConfigError("setting 'loop' is true and a last frame is given (--end), but a loop ends on its first: give one of them")
+        if sampling.guidance_schedule == "passes" and self.model.config.decoding == "token":
+            raise ConfigError("setting 'guidance_schedule' is 'passes', but this model draws no frame in passes: allowed: constant, frames")
         if (sampling.loop or last_frame is not None) and not self.model.config.last_frame:
             what = "setting 'loop' is true" if sampling.loop else "a last frame is given"
             raise ConfigError(f"{what}, but this model was not trained to end on a frame (model.last_frame=true, last_frame_share=0.3)")

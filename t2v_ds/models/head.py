@@ -23,6 +23,7 @@ class GroupHead(nn.Module):
     def __init__(self, config: TransformerConfig, tables: nn.ModuleList) -> None:
         super().__init__()
         self.slots, self.tile = config.slots, config.loss_tile
+        self.gathered_at_once = self.tile > 0  # ranks have different numbers of tiles; an engine that partitions parameters must know
         self.scale = TIED_SCALE if config.tied_head else 1.0
         width = config.width
         self.given = nn.ModuleList(nn.Embedding(config.codebook_size, width) for _ in range(self.slots - 1))

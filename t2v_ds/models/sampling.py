@@ -23,6 +23,8 @@ from t2v_ds.config import SamplingConfig
 from t2v_ds.models.inputs import Goals, Where
 from t2v_ds.models.transformer import VideoTransformer
 
+COLDEST = 1e-6  # divided by less, logits would overflow
+
 
 def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Set to -inf what top-k and top-p (nucleus sampling, Holtzman et al. 2020) leave out: [..., K] -> [..., K].
@@ -59,7 +61,7 @@ class Draws:
 def draw(logits: Tensor, config: SamplingConfig, draws: Draws) -> Tensor:
     """Draw codes from logits [B, n, K]: int64 [B, n]."""
     logits = logits.float()
-    if config.temperature == 0:
+    if config.temperature < COLDEST:
         return logits.argmax(-1)
     probabilities = filter_logits(logits / config.temperature, config.top_k, config.top_p).softmax(-1).double()
     # Inverse of the cumulative distribution: one number a draw, however many codes there are.
@@ -168,6 +170,7 @@ def sample_codes(
         min_frames = longest = config.frames or longest
     drawing = _Drawing(model, text, mask, config, longest, Draws(config.seed, list(range(first_clip, first_clip + len(text)))), states)
     frames = [] if first_frames is None else list(model.to_groups(first_frames).unbind(1))[:longest]
+    min_frames = min(longest, max(min_frames, len(frames) + 1))  # at least one is drawn, whatever the model says of those given
     last = None if last_frame is None else model.to_groups(last_frame)
     if config.loop and last is None:
         if not frames:
@@ -292,12 +295,12 @@ class _Drawing:
 
 
 def _schedule(positions: int, passes: int) -> list[tuple[int, int, float]]:
-    """For each pass how many positions are known before and after it, and how far along it is (0 to 1)."""
+    """For each pass how many positions are known before and after it, and how far along it is (0 to 1; a single one: 1)."""
     passes = min(passes, positions)
     steps, done = [], 0
     for number in range(passes):
         upto = positions - int(positions * math.cos(math.pi / 2 * (number + 1) / passes))
         upto = min(max(upto, done + 1), positions - (passes - 1 - number))
-        steps.append((done, upto, number / max(1, passes - 1)))
+        steps.append((done, upto, number / (passes - 1) if passes > 1 else 1.0))
         done = upto
     return steps

@@ -150,7 +150,8 @@ class VideoTransformer(nn.Module):
     def start_caches(self, words: Tensor) -> list[LayerCache]:
         """A cache a layer, which holds the words [B, W, width] if the layers see them as a prefix."""
         config = self.config
-        caches = [LayerCache(config.layer_attention(i), config.window_frames, config.positions) for i in range(config.layers)]
+        window = min(config.window_frames, config.max_frames)  # room is reserved for all of it
+        caches = [LayerCache(config.layer_attention(i), window, config.positions) for i in range(config.layers)]
         if config.conditioning == "prefix":
             layout = Layout([0] * len(words), words.shape[1], config.positions, device=words.device)
             where, rows = Where(layout.clip, layout.number, 0, config.side), words.flatten(0, 1)

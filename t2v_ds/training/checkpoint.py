@@ -46,14 +46,25 @@ FORMAT = 1
 MAY_CHANGE = frozenset(
     [
         "out",
+        "tokenizer",  # a path, kept by earlier versions; tokenizer_id is compared
         *(
             f"train.{key}"
             for key in "steps save_every log_every keep_checkpoints visual_every data_threads watchdog_s ds_config micro_batch".split()
         ),
+        # Memory for time; the gradient stays.
+        "model.activation_checkpointing",
+        "model.loss_tile",
     ]
 )
 # Settings that checkpoints of earlier versions lack, and what they then were; None: what they are now.
-ADDED = {"train.shard_window": 0, "length_buckets": 0, "tokenizer_id": None}
+ADDED = {
+    "train.shard_window": 0,
+    "length_buckets": 0,
+    "tokenizer_id": None,
+    "train.compile": False,
+    "train.sequence_parallel": 1,
+    "context_confusion": 0.0,
+}
 
 
 def checkpoints(run: Path) -> list[Path]:

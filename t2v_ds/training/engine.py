@@ -98,6 +98,9 @@ class Engine:
                 for name in getattr(module, "used_outside_forward", ()):
                     if name in module._parameters:
                         deepspeed.zero.register_external_parameter(self.objective, module.get_parameter(name))
+                # One gather before all that is within: how often that is called may differ between the ranks, whose gathers must not.
+                if getattr(module, "gathered_at_once", False):
+                    deepspeed.utils.set_z3_leaf_module(module, True)
 
     def _check_zero_section(self) -> None:
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig

@@ -294,6 +294,7 @@ def _require_folders(data: str, out: str) -> None:
 def _settings(config: VQVAERunConfig | TransformerRunConfig) -> dict[str, Any]:
     """The run's settings as they are kept with it, without where it lies."""
     settings = to_dict(config)
-    for name in ("out", "data", "accept_new_data", "cache"):  # a moved folder is the same run; the data's digest is compared on resume
-        settings.pop(name)
+    # A moved folder is the same run; the data's digest and the tokenizer's id are compared on resume.
+    for name in ("out", "data", "accept_new_data", "cache", "tokenizer"):
+        settings.pop(name, None)
     return settings

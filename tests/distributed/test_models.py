@@ -44,6 +44,7 @@ ALWAYS = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold"
 STAGES = [(name, stage) for name in MODELS for stage in ("zero0", "zero1", "zero2", "zero3")]
 STAGES += [("ema", "zero3_offload"), ("gradient", "zero3_always"), ("transformer", "zero3_always")]
 SHARED = [("transformer_shared", "zero1"), ("transformer_shared", "zero3")]  # both ranks have the same clips, and half of their rows
+TILED = [("transformer_tiled", "zero3_always")]  # of clips of different lengths the ranks have different numbers of tiles
 
 
 def vqvae_model(learning: str = "ema", **more: Any) -> VQVAEConfig:
@@ -97,6 +98,8 @@ def entry(folder: Path, ranks: int, name: str, stage: str, precision: str = "fp3
             "text": TEXT,
         }
         data = {"data": str(folder / "tokens")}
+        if name == "transformer_tiled":
+            model["loss_tile"] = 24
         if name == "transformer_shared":
             train["sequence_parallel"] = 2
         if name == "transformer_url":  # with room for one shard, and more only while a batch needs them
@@ -119,7 +122,7 @@ def trained(folder: Path) -> Path:
     others = [(f"transformer_{name}", "zero0", "fp32") for name in ("url", "stored", "named")]
     runs = {
         1: [*((name, "zero0", precision) for name in MODELS for precision in ("fp32", "bf16")), *others],
-        2: [(name, stage, "fp32") for name, stage in (*STAGES, *SHARED)] + [(name, "zero3", "bf16") for name in MODELS],
+        2: [(name, stage, "fp32") for name, stage in (*STAGES, *SHARED, *TILED)] + [(name, "zero3", "bf16") for name in MODELS],
     }
     for ranks, chosen in runs.items():
         path = folder / f"runs_{ranks}.json"
@@ -165,8 +168,8 @@ def steps_of_equal_codes(run: Path, alone: Path) -> int:
     return STEPS
 
 
-@pytest.mark.parametrize(("name", "stage"), SHARED)
-def test_two_ranks_that_share_every_clip_train_as_one(trained: Path, name: str, stage: str) -> None:
+@pytest.mark.parametrize(("name", "stage"), [*SHARED, *TILED])
+def test_two_ranks_that_share_every_clip_or_tile_the_loss_train_as_one(trained: Path, name: str, stage: str) -> None:
     alone, run = trained / "1_transformer_zero0_fp32", trained / f"2_{name}_{stage}_fp32"
     torch.testing.assert_close(curve(run), curve(alone), rtol=2e-5, atol=0)
     weights, wanted = load_file(run / "model.safetensors"), load_file(alone / "model.safetensors")

@@ -166,6 +166,15 @@ def test_settings_that_an_earlier_version_lacked_were_off() -> None:
     assert config_difference(before, {**now, "length_buckets": 4}) == ("length_buckets", 0, 4)
     assert config_difference(now, {**now, "tokenizer_id": "other"}) == ("tokenizer_id", "t", "other")
     assert config_difference(now, before) == ("length_buckets", 0, None)
+    newer = {**now, "train": {**now["train"], "compile": False, "sequence_parallel": 1}, "context_confusion": 0.0}
+    assert config_difference(before, newer) is None
+    assert config_difference(before, {**newer, "context_confusion": 0.1}) == ("context_confusion", 0.0, 0.1)
+
+
+def test_a_moved_tokenizer_and_what_trades_memory_for_time_may_change() -> None:
+    saved = {"model": {"activation_checkpointing": False, "loss_tile": 0, "width": 4}, "tokenizer": "here", "tokenizer_id": "t"}
+    now = {"model": {"activation_checkpointing": True, "loss_tile": 64, "width": 4}, "tokenizer_id": "t"}
+    assert config_difference(saved, now) is None
 
 
 # -- exported models ----------------------------------------------------------------------------------------------------

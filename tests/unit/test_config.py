@@ -86,6 +86,10 @@ def test_values_are_read_as_what_the_setting_is() -> None:
             "losses, model, out, seed, start, train",
         ),
         (["train.steps=many"], "setting 'train.steps' in the command line is 'many'; expected a whole number"),
+        (["train.steps=1" + "0" * 400], "in the command line is 10000000000000000000... (401 characters); expected a whole number"),
+        (["train.steps=1e30"], "setting 'train.steps' in the command line is '1e30'; expected a whole number"),
+        (["train.steps=1" + "0" * 5000], "; expected a whole number"),
+        (["train.learning_rate=1" + "0" * 400], "(401 characters); expected a number"),
         (["train.steps=1.5"], "setting 'train.steps' in the command line is 1.5; expected a whole number"),
         (["train.steps=true"], "setting 'train.steps' in the command line is True; expected a whole number"),
         (["train.learning_rate=fast"], "setting 'train.learning_rate' in the command line is 'fast'; expected a number"),
@@ -111,6 +115,18 @@ def test_mistakes_are_named(overrides: list[str], sentence: str) -> None:
         load_config(VQVAERunConfig, overrides=overrides)
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_whether_a_group_divides_the_grid_is_asked_once_the_data_has_said_how_large_it_is() -> None:
+    model = load_config(TransformerRunConfig, overrides=["model.group=3"]).model
+    assert dataclasses.replace(model, grid_size=24, text_width=8).side == 8
+    with pytest.raises(ConfigError, match=re.escape("a divisor of the grid (32 codes a side)")):
+        dataclasses.replace(model, grid_size=32, text_width=8)
+
+
+def test_a_preset_is_a_name() -> None:
+    with pytest.raises(ConfigError, match=re.escape("setting 'model.preset' in the command line is [1]; expected text")):
+        load_config(TransformerRunConfig, overrides=["model.preset=[1]"])
 
 
 def test_a_number_is_finite() -> None:
@@ -213,9 +229,13 @@ def test_every_setting_says_what_it_is_where_its_name_does_not() -> None:
         (TransformerConfig, {"grid_size": 9, "group": 2}),
         (TransformerConfig, {"neighbourhood": 2}),
         (TransformerRunConfig, {"caption_dropout": 1.0}),
+        (TransformerRunConfig, {"last_frame_share": 0.3}),
+        (TransformerRunConfig, {"model": TransformerConfig(last_frame=True)}),  # it would accept loops that it never learned
         (TokenizeConfig, {"batch_frames": 0}),
         (SamplingConfig, {"top_p": 0.0}),
         (DemoEvaluationConfig, {"prompts": 1}),
+        (DemoConfig, {"prompts": ()}),
+        (DemoConfig, {"prompts": ("a red circle", " ")}),
     ]
     for cls, values in bad:
         with pytest.raises(ConfigError, match=re.escape("; allowed: ")):

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from t2v_ds.config import TrainConfig
 from t2v_ds.errors import ConfigError
@@ -15,6 +16,28 @@ from t2v_ds.training.ds_config import accumulation_steps, complete_ds_config, re
 from t2v_ds.training.engine import Engine
 from t2v_ds.training.optimizer import learning_rate_at, parameter_groups
 from tests.toy import Toy
+from tests.toy_transformer import make
+
+
+class Recorded:
+    """DeepSpeed's part in which parameters stay whole: the modules that it is told to gather at once."""
+
+    def __init__(self) -> None:
+        self.whole: list[nn.Module] = []
+        self.utils = self
+
+    def set_z3_leaf_module(self, module: nn.Module, flag: bool) -> None:
+        if flag:
+            self.whole.append(module)
+
+
+@pytest.mark.parametrize(("stage", "tile", "count"), [(3, 8, 1), (3, 0, 0), (1, 8, 0)])
+def test_a_head_in_tiles_is_gathered_at_once_whatever_their_number(stage: int, tile: int, count: int) -> None:
+    """Ranks with longer clips have more tiles; were each gathered for itself, ranks would wait for one another."""
+    engine, recorded = Engine.__new__(Engine), Recorded()
+    engine.stage, engine.objective = stage, make(loss_tile=tile)
+    engine._keep_whole_in_steps(recorded)
+    assert recorded.whole == [engine.objective.head] * count
 
 
 def written(folder: Path, content: object) -> TrainConfig:

@@ -263,6 +263,13 @@ def test_clips_begin_and_end_as_given(tmp_path: Path) -> None:
     assert np.array_equal(looped[0], looped[-1])
     with pytest.raises(ConfigError, match="5 first frames are given, and the clip has 5"):
         generator.generate("a circle", first_frames=clip(5))
+    with pytest.raises(ConfigError, match="'loop' is true and a last frame is given"):
+        generator.generate("a circle", loop=True, last_frame=last)
+
+
+def test_guidance_that_rises_with_the_passes_needs_passes(folders: tuple[Path, Path]) -> None:
+    with pytest.raises(ConfigError, match="'guidance_schedule' is 'passes', but this model draws no frame in passes"):
+        t2v_ds.load_generator(folders[1]).generate("a circle", guidance_schedule="passes")
 
 
 def test_a_model_that_was_not_trained_to_end_on_a_frame_says_so(folders: tuple[Path, Path]) -> None:

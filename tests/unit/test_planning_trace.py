@@ -29,6 +29,7 @@ SMALL = {"width": 32, "layers": 3, "heads": 4, "max_frames": 4, "grid_size": 4, 
 
 def run_of(precision: str = "fp32", **model: Any) -> TransformerRunConfig:
     data = {"model": {**SMALL, **model}, "text": {"tokens": 5, "width": 8}, "train": {"precision": precision}}
+    data |= {"last_frame_share": 0.3} if model.get("last_frame") else {}
     return from_dict(TransformerRunConfig, data)
 
 

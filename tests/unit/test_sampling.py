@@ -97,6 +97,7 @@ def test_draws_follow_the_filtered_distribution() -> None:
         (1.0, 0, 0.8): [0, 0.4 / 0.85, 0, 0.3 / 0.85, 0.15 / 0.85],
         (0.5, 0, 1.0): [p * p / 0.285 for p in (0.1, 0.4, 0.05, 0.3, 0.15)],
         (0.0, 0, 1.0): [0, 1, 0, 0, 0],
+        (1e-42, 0, 1.0): [0, 1, 0, 0, 0],
     }
     for (temperature, top_k, top_p), shares in wanted.items():
         config = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
@@ -114,8 +115,26 @@ def test_every_position_is_drawn_once_in_as_many_passes_as_asked_for() -> None:
             assert [done for done, _, _ in steps] == [0, *(upto for _, upto, _ in steps[:-1])]
             assert all(done < upto for done, upto, _ in steps)
             assert steps[-1][1] == positions
-            assert steps[0][2] == 0
-            assert len(steps) == 1 or steps[-1][2] == 1
+            assert steps[0][2] == (len(steps) == 1)  # a single pass has the whole guidance
+            assert steps[-1][2] == 1
+
+
+def test_a_single_pass_is_guided_in_full() -> None:
+    text, mask = captions(2)
+    constant, rising = (SamplingConfig(frames=2, passes=1, guidance=4.0, guidance_schedule=one) for one in ("constant", "passes"))
+    drawn = [sample_codes(make(decoding="frame"), text, mask, config) for config in (constant, rising)]
+    assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True))
+
+
+@pytest.mark.parametrize("decoding", ["token", "frame"])
+def test_a_clip_that_is_continued_has_a_new_frame(decoding: str) -> None:
+    """Though the model says of the last one given that the clip ends there."""
+    text, mask = captions(2)
+    first = codes_of(2)[:, None].transpose(0, 1).expand(2, -1, -1, -1)
+    drawn = sample_codes(make(decoding=decoding, end=9.0), text, mask, SamplingConfig(passes=2), first_frames=first)
+    assert [len(codes) for codes in drawn] == [3, 3]
+    bounded = sample_codes(make(decoding=decoding, end=9.0), text, mask, SamplingConfig(passes=2), max_frames=2, first_frames=first)
+    assert [len(codes) for codes in bounded] == [2, 2]
 
 
 def test_a_loop_ends_on_its_first_frame_and_a_given_last_frame_is_kept() -> None:

@@ -33,6 +33,13 @@ def both(settings: dict[str, Any], config: SamplingConfig, std: float = 0.3, **o
     assert not torch.equal(cached[0][: len(cached[1])], cached[1][: len(cached[0])])  # the caption matters
 
 
+def test_a_window_longer_than_any_clip_takes_no_room() -> None:
+    model = make(attention="window", window_frames=1000)
+    words, _ = model.text_inputs(*captions(1))
+    for cache in model.start_caches(words):
+        assert cache._keys.shape[1] == words.shape[1] + LONGEST * model.config.positions
+
+
 @pytest.mark.parametrize("group", [1, 2])
 @pytest.mark.parametrize("kind", range(len(KINDS)))
 def test_tokens(kind: int, group: int) -> None:

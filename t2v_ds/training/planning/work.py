@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -85,10 +86,8 @@ def _fill_in(plan: PlanConfig, run: TransformerRunConfig, manifest: Manifest | N
     if not width:
         of = f"text encoder '{text.encoder}' is known only once it is loaded" if text.encoder else "stored vectors is known from --data"
         raise ConfigError(f"setting 'text_width' is 0, but the width of {of}: give it, such as text_width=768")
-    model = dataclasses.replace(run.model, text_width=width)
-    if manifest is not None:
-        model = dataclasses.replace(model, grid_size=manifest.grid_size, codebook_size=manifest.codebook_size)
-    return dataclasses.replace(run, model=model, text=text)
+    found: dict[str, Any] = {} if manifest is None else {"grid_size": manifest.grid_size, "codebook_size": manifest.codebook_size}
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, text_width=width, **found), text=text)
 
 
 def _lengths(plan: PlanConfig, run: TransformerRunConfig, manifest: Manifest | None) -> dict[int, int]:
