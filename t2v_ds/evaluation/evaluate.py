@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from t2v_ds.config import EvaluateConfig, require
+from t2v_ds.config import EvaluateConfig
 from t2v_ds.config_loader import to_dict
 from t2v_ds.data.sources import MOVING_SHAPES
 from t2v_ds.data.video import write_png
@@ -131,10 +131,7 @@ def _open(config: EvaluateConfig, stack: contextlib.ExitStack) -> Evaluation:
             raise DataError(f"{one.tokens.folder} holds one clip; an evaluation needs at least 2")
         if not all(caption.strip() for caption in one.captions(np.arange(len(one)))):
             raise DataError(f"{one.tokens.folder} holds clips with empty captions, for which nothing can be drawn")
-    if config.sampling.frames > known:
-        raise ConfigError(f"setting 'sampling.frames' is {config.sampling.frames}; this model knows 1 to {known} frames")
-    ends = generator.model.config.last_frame
-    require(ends or not config.sampling.loop, "sampling.loop", True, "false, for this model was not trained to end on a frame")
+    generator.check_sampling(config.sampling, "sampling.")
     size = training.tokens.manifest.image_size
     extractor, space = open_extractor(config.fvd, device), open_space(config.perceptual, size, device)
     extractor.check(size)

@@ -32,6 +32,7 @@ from t2v_ds.models.vqvae import VQVAE, to_pixels
 
 TOKENIZER, GENERATOR = "tokenizer", "generator"
 TOKENIZER_FOLDER = "tokenizer"  # in a folder of token shards and in a generator's: the tokenizer that they belong to
+_NO_ENDING = "but this model was not trained to end on a frame (model.last_frame=true, last_frame_share=0.3)"
 
 
 def export_tokenizer(folder: str | Path, config: VQVAEConfig, state: dict[str, Tensor]) -> str:
@@ -222,6 +223,7 @@ class Generator:
             base = to_dict(sampling) if sampling else {}
             sampling = from_dict(SamplingConfig, {**base, **settings}, "generate()")
         sampling = dataclasses.replace(sampling) if sampling else SamplingConfig()
+        self.check_sampling(sampling)
         given = self._given(sampling, first_frames, last_frame)
         clips: list[np.ndarray] = []
         for first in tqdm(range(0, len(prompts), batch), desc="generate", unit="batch", disable=not progress):
@@ -229,22 +231,27 @@ class Generator:
         self.text.log_truncated()
         return clips
 
+    def check_sampling(self, sampling: SamplingConfig, group: str = "") -> None:
+        """Raise ConfigError where this model cannot draw so; `group`: what stands before the settings' names, such as "sampling."."""
+        config = self.model.config
+        if sampling.frames > config.max_frames:
+            raise ConfigError(f"setting '{group}frames' is {sampling.frames}; this model knows 1 to {config.max_frames} frames")
+        if sampling.guidance_schedule == "passes" and config.decoding == "token":
+            what = f"setting '{group}guidance_schedule' is 'passes'"
+            raise ConfigError(f"{what}, but this model draws no frame in passes: allowed: constant, frames")
+        if sampling.loop and not config.last_frame:
+            raise ConfigError(f"setting '{group}loop' is true, {_NO_ENDING}")
+
     def _given(
         self, sampling: SamplingConfig, first_frames: np.ndarray | None, last_frame: np.ndarray | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Codes of the frames that are given: int64 [T, h, w] and [h, w]."""
-        longest = self.model.config.max_frames
-        if sampling.frames > longest:
-            raise ConfigError(f"setting 'frames' is {sampling.frames}; this model knows 1 to {longest} frames")
         if sampling.loop and last_frame is not None:
             raise ConfigError("setting 'loop' is true and a last frame is given (--end), but a loop ends on its first: give one of them")
-        if sampling.guidance_schedule == "passes" and self.model.config.decoding == "token":
-            raise ConfigError("setting 'guidance_schedule' is 'passes', but this model draws no frame in passes: allowed: constant, frames")
-        if (sampling.loop or last_frame is not None) and not self.model.config.last_frame:
-            what = "setting 'loop' is true" if sampling.loop else "a last frame is given"
-            raise ConfigError(f"{what}, but this model was not trained to end on a frame (model.last_frame=true, last_frame_share=0.3)")
+        if last_frame is not None and not self.model.config.last_frame:
+            raise ConfigError(f"a last frame is given, {_NO_ENDING}")
         known = 0 if first_frames is None else len(first_frames)
-        wanted = sampling.frames or min(self.max_frames, longest)
+        wanted = sampling.frames or min(self.max_frames, self.model.config.max_frames)
         if known + (last_frame is not None) >= wanted and known:
             raise ConfigError(f"{known} first frames are given, and the clip has {wanted}: give fewer, or ask for more with frames=")
         codes = [None if one is None else torch.from_numpy(self.tokenizer.encode(one).astype(np.int64)).to(self.device)

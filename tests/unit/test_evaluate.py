@@ -357,7 +357,8 @@ def test_mistakes_are_told_before_anything_is_written(chain: Chain, tmp_path: Pa
         ([*model, *data, f"fvd.weights={cut}"], ConfigError, "is no whole TorchScript file"),
         ([*model, *data, "perceptual.weights=nowhere"], ConfigError, r"'perceptual\.weights' is 'nowhere', which is no file"),
         ([*model, *data, "sampling.frames=7"], ConfigError, "'sampling.frames' is 7; this model knows 1 to 6 frames"),
-        ([*model, *data, "sampling.loop=true"], ConfigError, "'sampling.loop' is True; allowed: false, for this model was not"),
+        ([*model, *data, "sampling.guidance_schedule=passes"], ConfigError, "'sampling.guidance_schedule' is 'passes', but this model"),
+        ([*model, *data, "sampling.loop=true"], ConfigError, "'sampling.loop' is true, but this model was not trained to end on a frame"),
         ([*model, *data, "prompts_from=test"], ConfigError, "'prompts_from' is 'test'; allowed: 'validation' or 'training'"),
         ([*model, "--data", "s3://bucket/tokens"], ConfigError, "a URL; allowed: a folder of this machine"),
     ]
