@@ -31,7 +31,6 @@ TEXT = TextConfig(tokens=14, width=128)
 def batches(dataset: ShardDataset, config: TransformerRunConfig, batch: int) -> Iterator[dict[str, Any]]:
     """Endless batches, as training has them."""
     text = build_text_encoder(TEXT)
-
     for found in ClipStream(dataset, batch, load=_Vary(config), threads=0):
         if "captions" in found:  # no text vectors are stored
             found["text"], found["mask"] = text.encode(found["captions"])
@@ -63,7 +62,7 @@ def train(kind: str, arguments: argparse.Namespace, data: ShardDataset, validati
     model_config = TransformerConfig(
         width=arguments.width, layers=arguments.layers, heads=arguments.width // 64, attention=kind, decoding=arguments.decoding,
         max_frames=int(data.lengths.max()), group=arguments.group, grid_size=manifest.grid_size, codebook_size=manifest.codebook_size,
-        text_width=TEXT.width,
+        text_width=data.stored_text.width if data.stored_text else TEXT.width,
     )  # fmt: skip
     config = TransformerRunConfig(model=model_config, caption_dropout=0.0)
     model = VideoTransformer(model_config).train()
