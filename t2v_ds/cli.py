@@ -175,9 +175,9 @@ def _tokenize(config: TokenizeConfig, _: argparse.Namespace) -> None:
 
 def _plan(config: tuple[PlanConfig, Any], flags: argparse.Namespace) -> None:
     settings, run = config
-    if flags.json and not Path(flags.json).absolute().parent.is_dir():
-        raise ConfigError(f"--json is {flags.json!r}, but {Path(flags.json).parent} is no folder")
     if flags.json:
+        if not Path(flags.json).absolute().parent.is_dir():
+            raise ConfigError(f"--json is {flags.json!r}, but {Path(flags.json).parent} is no folder")
         require_writable("--json", flags.json)  # before minutes of planning
     from t2v_ds.training.planning.fit import changes_that_fit
     from t2v_ds.training.planning.planner import Planner

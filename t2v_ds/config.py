@@ -463,6 +463,11 @@ class TransformerRunConfig:
         require(fits, "last_frame_share", self.last_frame_share, allowed)
         require(self.z_loss >= 0, "z_loss", self.z_loss, ">= 0")
 
+    @property
+    def replaces_context(self) -> bool:
+        """Whether the model is fed other codes than those that it is to tell."""
+        return self.context_noise > 0 or self.context_confusion > 0
+
 
 @dataclass
 class TokenizeConfig:

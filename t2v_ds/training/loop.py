@@ -162,10 +162,11 @@ def _prepare_folder(
     if collectives.rank == 0:
         try:
             outcome = _prepare_on_rank_0(run, config, dataset, steps, resume, accept_new_data)
-        except (UserError, OSError) as error:  # all ranks must raise, or the others would wait for rank 0
+        except UserError as error:  # all ranks must raise, or the others would wait for rank 0
             outcome = error
-            if isinstance(error, OSError) and error.errno not in FULL:
-                outcome = ConfigError(f"a run cannot be kept in {run}: {error.strerror or error}; choose another folder with --out")
+        except OSError as error:
+            place = ConfigError(f"a run cannot be kept in {run}: {error.strerror or error}; choose another folder with --out")
+            outcome = error if error.errno in FULL else place
     outcome = collectives.broadcast_object(outcome)
     if isinstance(outcome, UserError | OSError):
         raise outcome

@@ -54,7 +54,7 @@ def vary(codes: np.ndarray, rng: np.random.Generator, config: TransformerRunConf
         start = int(rng.integers(len(codes) - frames + 1))
         codes = codes[start : start + frames]
     model = config.model
-    context = _fed(codes, rng, config, alike) if config.context_noise or config.context_confusion else None
+    context = _fed(codes, rng, config, alike) if config.replaces_context else None
     masked = _mask(len(codes), model.positions, rng, config.mask == "tube") if model.decoding == "frame" else None
     last_given = bool(start < 0 and rng.random() < config.last_frame_share) if model.last_frame else None
     return Sample(codes, context, masked, has_caption, start, last_given)

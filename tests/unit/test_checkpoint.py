@@ -16,6 +16,7 @@ from t2v_ds.errors import CheckpointError, ConfigError
 from t2v_ds.models.exported import content_id, export_model, load_exported, load_state
 from t2v_ds.training import checkpoint
 from t2v_ds.training.checkpoint import checkpoints, config_difference, latest_checkpoint
+from t2v_ds.training.distributed import Collectives, Ranks
 from t2v_ds.training.loop import _prepare_folder
 from tests.toy import train_toy
 
@@ -72,16 +73,15 @@ def test_a_place_where_no_run_can_be_is_told_to_all_ranks(tmp_path: Path) -> Non
     (tmp_path / "file").write_text("x")
     told: list[Any] = []
 
-    class Two:
-        rank, world_size = 0, 2
-
+    class Two(Collectives):
         def broadcast_object(self, value: Any) -> Any:
             told.append(value)
             return value
 
+    first = Two(Ranks(0, 0, 2, 1, "127.0.0.1", 0), torch.device("cpu"))
     for place in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(ConfigError, match=r"a run cannot be kept in .*file.*: (File exists|Not a directory); choose") as caught:
-            _prepare_folder(place, {}, None, 1, True, False, Two())  # type: ignore[arg-type]
+            _prepare_folder(place, {}, None, 1, True, False, first)
         assert str(pickle.loads(pickle.dumps(told.pop()))) == str(caught.value)
 
 

@@ -131,8 +131,7 @@ class Planner:
     def trace(self, run: RunConfig, lengths: list[int], masked: float = 1.0) -> Trace:
         """The trace of a micro-batch; for the VQ-VAE only the number of clips counts."""
         if isinstance(run, TransformerRunConfig):
-            varied = run.context_noise > 0 or run.context_confusion > 0
-            described: list[Any] = [run.model, run.text, varied, lengths, masked * (run.model.decoding == "frame")]
+            described: list[Any] = [run.model, run.text, run.replaces_context, lengths, masked * (run.model.decoding == "frame")]
         else:
             described = [run.model, run.losses, run.frames_per_clip, len(lengths)]
         key = repr([run.train.precision, *described])

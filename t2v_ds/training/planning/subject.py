@@ -53,7 +53,7 @@ def transformer_batch(run: TransformerRunConfig, lengths: Sequence[int]) -> dict
         "text": torch.zeros(clips, run.text.tokens, model.text_width),
         "mask": torch.ones(clips, run.text.tokens, dtype=torch.bool),
         "starts": [-1] * clips,
-        "context": codes.clone() if run.context_noise or run.context_confusion else None,
+        "context": codes.clone() if run.replaces_context else None,
         "masked": masked,
         "last_given": [True] * clips if model.last_frame else None,
     }
