@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def measure(run: TransformerRunConfig, lengths: list[int], collectives: Collecti
                 engine.backward(loss)
                 del loss
                 last = micro == engine.accumulation - 1
+                time.sleep(0.1)  # gloo's thread lets go of what it has summed only when it gets the interpreter
                 recorder.enter("step" if last else "passes")
                 engine.step(step, last)
     return {name: peak.total for name, peak in recorder.peaks.items()}
