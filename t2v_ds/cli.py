@@ -37,7 +37,7 @@ from t2v_ds.config import (
 )
 from t2v_ds.config_loader import load_config, load_plan, resolve_recipe
 from t2v_ds.errors import ConfigError, DataError, UserError, nearest
-from t2v_ds.files import FULL, require_writable, write_atomically
+from t2v_ds.files import FORBIDDEN, FULL, require_writable, write_atomically
 
 
 @dataclass(frozen=True)
@@ -470,6 +470,8 @@ def run(arguments: Sequence[str]) -> None:
         recipe = flags.config or verb.recipe
         path, settings = resolve_recipe(recipe) if recipe else None, [*given, *flags.overrides]
         config = load_plan(path, settings) if verb.config is PlanConfig else load_config(verb.config, path, settings)
+        if OUT in verb.flags and config.out and not Path(config.out).is_dir():
+            require_writable("--out", config.out, folder=True)
     verb.run(config, flags)
 
 
@@ -484,9 +486,7 @@ def main() -> None:
     except UserError as error:
         code = _say(str(error), rank)
     except OSError as error:
-        if error.errno not in FULL:
-            raise
-        code = _say(f"the disk is full{f' ({error.filename})' if error.filename else ''}: make room, then run the same command again", rank)
+        code = _say(_reason(error), rank)
     except KeyboardInterrupt:
         _say("interrupted; run the same command again to go on", rank)
         code = 130
@@ -495,6 +495,15 @@ def main() -> None:
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 0
     _end(code)
+
+
+def _reason(error: OSError) -> str:
+    """One sentence for what the machine refuses; other errors are ours, and raised."""
+    if error.errno in FULL:
+        return f"the disk is full{f' ({error.filename})' if error.filename else ''}: make room, then run the same command again"
+    if error.errno in FORBIDDEN and error.filename:
+        return f"{error.filename}: {error.strerror}; allow it, or choose another place"
+    raise error
 
 
 def _say(sentence: str, rank: str) -> int:

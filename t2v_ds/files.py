@@ -14,6 +14,7 @@ from pathlib import Path
 from t2v_ds.errors import ConfigError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk, or what the user may have of it
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class DiskError(Exception):
@@ -44,6 +45,8 @@ def require_writable(flag: str, path: str | Path, folder: bool = False) -> None:
     try:
         if not folder and path.is_dir():
             raise ConfigError(f"{flag} is {str(path)!r}, which is a folder; allowed: a file name")
+        if folder and path.exists() and not path.is_dir():
+            raise ConfigError(f"{flag} is {str(path)!r}, which is a file; allowed: a folder")
         nearest = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
         probe = nearest / f".{path.name}.tmp"  # as `write_atomically` names it: too long a name is found, too
         probe.touch()

@@ -71,14 +71,13 @@ def check_out(out: Path) -> None:
     """Find out before anything is loaded whether a report can be written into `out`.
 
     Raises:
-        DataError: it is a file, or holds something else.
-        ConfigError: no folder can be made there.
+        DataError: it holds something else.
+        ConfigError: it is a file, or no folder can be made there.
     """
     ours = {REPORT, PAGE, SHEET, EVENTS, WORK, *(f".{name}.tmp" for name in (REPORT, PAGE, SHEET))}
     strangers = sorted(path.name for path in out.iterdir() if path.name not in ours) if out.is_dir() else []
-    if strangers or (out.exists() and not out.is_dir()):
-        what = f"holds other files ('{strangers[0]}')" if strangers else "is a file"
-        raise DataError(f"{out} {what}: choose a new or empty folder for the report")
+    if strangers:
+        raise DataError(f"{out} holds other files ('{strangers[0]}'): choose a new or empty folder for the report")
     if not out.is_dir():
         require_writable("--out", out, folder=True)
     elif not (out / REPORT).is_file():

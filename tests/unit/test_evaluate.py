@@ -375,7 +375,7 @@ def test_other_peoples_files_are_not_replaced(chain: Chain, tmp_path: Path) -> N
     (tmp_path / "thesis.txt").write_text("x")
     with pytest.raises(DataError, match=r"holds other files \('thesis.txt'\): choose a new or empty folder"):
         run(chain, tmp_path)
-    with pytest.raises(DataError, match="is a file: choose a new"):
+    with pytest.raises(ConfigError, match="which is a file; allowed: a folder"):
         run(chain, tmp_path / "thesis.txt")
     with pytest.raises(DataError, match="holds other files"):
         run(chain, chain.generator)
