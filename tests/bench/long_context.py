@@ -4,7 +4,7 @@
 
 Forward, backward and AdamW step of the model itself, bf16 autocast, all cores. The first step of each is not counted where there are
 several. Peak memory is the most that the process had resident, less what it had before the model was made; on a GPU what was allocated.
-The work of a step is counted by torch's FlopCounterMode, so that it includes what checkpointing computes again.
+The work of a step is what `t2v plan` counts, causal attention as the half that it computes, with what checkpointing computes again.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import time
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from t2v_ds.config import PRESETS, TransformerConfig
 from t2v_ds.config_loader import from_dict
 from t2v_ds.models.transformer import VideoTransformer
 from t2v_ds.training.distributed import keep_freed_memory
+from t2v_ds.training.planning.trace import Recorder
 
 KINDS = ("full", "window", "factorised")
 
@@ -53,7 +53,7 @@ def measure(kind: str, arguments: argparse.Namespace) -> dict[str, float]:
     seconds, flops = [], 0.0
     for number in range(arguments.repeats + (arguments.repeats > 1)):
         start = time.perf_counter()
-        with FlopCounterMode(display=False) if number == 0 else contextlib.nullcontext() as counter:
+        with Recorder() if number == 0 else contextlib.nullcontext() as counter:
             with torch.autocast(device.type, torch.bfloat16):
                 losses = model(codes, [arguments.frames], text, mask, None, None, masked)
             (losses.codes + losses.end).mean().backward()
@@ -62,7 +62,7 @@ def measure(kind: str, arguments: argparse.Namespace) -> dict[str, float]:
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-        flops = flops if counter is None else float(counter.get_total_flops())
+        flops = flops if counter is None else counter.flops + counter.again
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else resident("VmHWM") - before
     return {"seconds": statistics.median(seconds[arguments.repeats > 1 :]), "gib": peak, "tera": flops / 1e12}
 
