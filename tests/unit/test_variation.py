@@ -73,6 +73,8 @@ def test_what_is_confused_is_alike_and_both_kinds_take_turns() -> None:
     book = torch.randn(K, 8, generator=torch.Generator().manual_seed(0))
     alike = lookalikes(book)
     assert alike.shape == (K, 16) and alike.dtype == np.uint16
+    many = lookalikes(torch.randn(4100, 4))  # computed in parts
+    assert many.shape == (4100, 16) and not (many == np.arange(4100)[:, None]).any()
     distances = torch.cdist(book, book)
     for code in range(K):
         others = np.setdiff1d(np.arange(K), [code, *alike[code]])
