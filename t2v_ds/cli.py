@@ -469,9 +469,12 @@ def run(arguments: Sequence[str]) -> None:
         given = [f"{flag.name}={value if flag.number else json.dumps(value)}" for flag, value in values.items()]
         recipe = flags.config or verb.recipe
         path, settings = resolve_recipe(recipe) if recipe else None, [*given, *flags.overrides]
-        config = load_plan(path, settings) if verb.config is PlanConfig else load_config(verb.config, path, settings)
-        if OUT in verb.flags and config.out and not Path(config.out).is_dir():
-            require_writable("--out", config.out, folder=True)
+        if verb.config is PlanConfig:
+            config = load_plan(path, settings)
+        else:
+            config = load_config(verb.config, path, settings)
+            if OUT in verb.flags and config.out and not Path(config.out).is_dir():
+                require_writable("--out", config.out, folder=True)
     verb.run(config, flags)
 
 
