@@ -86,8 +86,9 @@ class Recomputed:
         states, _, _ = model.clip_states(codes, [count] * clips, condition.text, condition.mask, starts, every, condition.goals)
         return states.unflatten(1, (clips, count))[:, :, -1]  # [S, B, P, width]
 
-    def masked(self, frames: list[Tensor], current: Tensor) -> Tensor:
-        return self._states([*frames, current.clamp_min(0)], current[..., 0] < 0)[1]
+    def masked(self, frames: list[Tensor], current: Tensor, wanted: Tensor) -> Tensor:
+        states = self._states([*frames, current.clamp_min(0)], current[..., 0] < 0)[1]
+        return states.gather(1, wanted[..., None].expand(-1, -1, states.shape[-1]))
 
     def last(self, frames: list[Tensor]) -> Tensor:
         return self._states(frames, None)[0]

@@ -11,7 +11,7 @@ queries (Ainslie et al. 2023), rotary embeddings (Su et al. 2021) along three ax
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -46,8 +46,8 @@ class Context:
     words: Tensor | None = None  # [B, W, width], for layers that look at them apart
     parallel: SequenceParallel | None = None
     caches: list[LayerCache] | None = None
-    frame: int = 0  # with caches: the rows are the positions from `position` on of this frame
-    position: int = 0
+    frame: int = 0  # with caches: the rows are of this frame, its
+    positions: slice | Tensor = field(default_factory=lambda: slice(None))  # of all clips, or each clip's own: int64 [B, n]
 
 
 class RMSNorm(nn.Module):
@@ -96,13 +96,13 @@ class Attention(nn.Module):
         self.key_norm = RMSNorm(head_width)
         self.out = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        """[N, width] -> [N, width]."""
+    def forward(self, x: Tensor, context: Context, asking: Tensor | None = None) -> Tensor:
+        """[N, width] -> [N, width], or of the rows alone that are `asking`."""
         q, k, v = self.qkv(x).unflatten(1, (sum(self.heads), -1)).split(self.heads, dim=1)  # [N, heads, D]
         q, k = self.query_norm(q), self.key_norm(k)
         if context.turns is not None:
             q, k = turn(q, context.turns), turn(k, context.turns)
-        rows = QKV(q.to(v.dtype), k.to(v.dtype), v)
+        rows = QKV((q if asking is None else q[asking]).to(v.dtype), k.to(v.dtype), v)
         y: Tensor = self.out(self._attend(rows, context).flatten(1))
         return y
 
@@ -110,7 +110,7 @@ class Attention(nn.Module):
         layout = context.layout
         if context.caches is not None and layout.frames:
             new = QKV(*(x.unflatten(0, (layout.clips, -1)) for x in rows))
-            return context.caches[self.layer].attend(new, context.frame, context.position, self.causal).flatten(0, 1)
+            return context.caches[self.layer].attend(new, context.frame, context.positions, self.causal).flatten(0, 1)
         parts = [layout.split(x) for x in rows]
         words, frames = QKV(*(part[0] for part in parts)), QKV(*(part[1] for part in parts))
         if context.caches is not None:
@@ -166,9 +166,14 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        """Rows [N, width] -> [N, width]."""
-        x = x + self._drop(self.attention(self.norm1(x), context))
+    def forward(self, x: Tensor, context: Context, asking: Tensor | None = None) -> Tensor:
+        """Rows [N, width] -> [N, width].
+
+        Args:
+            asking: int64 [M]: only these are computed, with caches; the others are no more than looked at.
+        """
+        seen = self._drop(self.attention(self.norm1(x), context, asking))
+        x = (x if asking is None else x[asking]) + seen
         if self.norm_words is not None and self.word_attention is not None:
             x = x + self._drop(self.word_attention(self.norm_words(x), context))
         gate, up = self.gate_up(self.norm2(x)).chunk(2, dim=-1)

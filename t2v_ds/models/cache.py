@@ -36,20 +36,22 @@ class LayerCache:
             room = (self.reach or 2) * self.positions
             self._keys, self._values = (torch.cat([x, x.new_empty(b, room, heads, width)], dim=1) for x in (words.k, words.v))
 
-    def attend(self, new: QKV, frame: int, position: int, causal: bool) -> Tensor:
-        """Keep the keys of the positions from `position` on of `frame`, the last so far, and attend to all that they may see.
+    def attend(self, new: QKV, frame: int, positions: slice | Tensor, causal: bool) -> Tensor:
+        """Keep the keys of `positions` of `frame`, the last so far, and attend to all that they may see.
 
         Args:
-            new: [B, n, heads, D].
+            new: [B, n, heads, D]; there may be fewer queries.
+            positions: a slice that has n of them; "temporal" also takes each clip's own, int64 [B, n].
             causal: whether each of them sees only those up to itself.
         """
         if not self._keys.numel():
             self.set_words(QKV(*(x[:, :0] for x in new)))
         if self.kind == "temporal":
-            return self._attend_lanes(new, frame, position)
+            return self._attend_lanes(new, frame, positions)
+        assert isinstance(positions, slice)
         if self.reach and frame - self._first >= self.reach:
             self._shift(frame - self._first - self.reach + 1)
-        begin = self.words + (frame - self._first) * self.positions + position
+        begin = self.words + (frame - self._first) * self.positions + (positions.start or 0)
         end = begin + new.k.shape[1]
         if end > self._keys.shape[1]:
             self._grow(1)
@@ -58,12 +60,12 @@ class LayerCache:
         mask = causal_tail(new.q.shape[1], end, new.q.device) if causal and new.q.shape[1] > 1 else None
         return attend(new.q, keys, values, mask)
 
-    def _attend_lanes(self, new: QKV, frame: int, position: int) -> Tensor:
+    def _attend_lanes(self, new: QKV, frame: int, positions: slice | Tensor) -> Tensor:
         if frame >= self._keys.shape[2]:
             self._grow(2)
-        own = slice(position, position + new.k.shape[1])
-        self._keys[:, own, frame], self._values[:, own, frame] = new.k, new.v
-        keys, values = (x[:, own, : frame + 1].flatten(0, 1) for x in (self._keys, self._values))
+        clips = slice(None) if isinstance(positions, slice) else torch.arange(len(new.k), device=new.k.device)[:, None]
+        self._keys[clips, positions, frame], self._values[clips, positions, frame] = new.k, new.v
+        keys, values = (x[clips, positions, : frame + 1].flatten(0, 1) for x in (self._keys, self._values))
         return attend(new.q.flatten(0, 1)[:, None], keys, values).view_as(new.q)
 
     def _shift(self, frames: int) -> None:

@@ -82,8 +82,8 @@ class Condition:
 class States(Protocol):
     """The transformer's states of a frame after others. `frames`: those so far, each int64 [B, P, G]."""
 
-    def masked(self, frames: list[Tensor], current: Tensor) -> Tensor:
-        """States [B, P, width] of a frame with masked positions (-1) after `frames`."""
+    def masked(self, frames: list[Tensor], current: Tensor, wanted: Tensor) -> Tensor:
+        """States [B, n, width] of the positions `wanted`, int64 [B, n], of a frame with masked positions (-1) after `frames`."""
         ...
 
     def position(self, frames: list[Tensor], current: Tensor, position: int) -> Tensor:
@@ -121,12 +121,12 @@ class CachedStates:
         known = self._begin(frames, current)
         return (self.model.inputs.moving(current, *known) + self._standing).flatten(1, 2)
 
-    def masked(self, frames: list[Tensor], current: Tensor) -> Tensor:
-        return self.model.new_states(self._fed(frames, current), self.words, self.caches, len(frames), 0)
+    def masked(self, frames: list[Tensor], current: Tensor, wanted: Tensor) -> Tensor:
+        return self.model.new_states(self._fed(frames, current), self.words, self.caches, len(frames), wanted=wanted)
 
     def last(self, frames: list[Tensor]) -> Tensor:
         fed = self._fed(frames[:-1], frames[-1])
-        return self.model.new_states(fed, self.words, self.caches, len(frames) - 1, 0)
+        return self.model.new_states(fed, self.words, self.caches, len(frames) - 1)
 
     def position(self, frames: list[Tensor], current: Tensor, position: int) -> Tensor:
         inputs, side = self.model.inputs, self.model.config.side
@@ -251,10 +251,9 @@ class _Drawing:
         for done, upto, share in _schedule(positions, self.config.passes):
             if self.config.guidance_schedule == "passes":
                 self.scale = 1 + (ramp - 1) * share
-            states = self.states.masked(frames, self._double(current))  # [B or 2B, P, width]
             chosen = order[:, done:] if confident else order[:, done:upto]  # [B, n]
             ranks = confident and upto < positions
-            codes, sure = self._draw(states.gather(1, self._double(chosen)[..., None].expand(-1, -1, states.shape[-1])), ranks)
+            codes, sure = self._draw(self.states.masked(frames, self._double(current), self._double(chosen)), ranks)
             if ranks:  # the ones drawn most surely come first, with noise that fades (Chang et al. 2022)
                 noise = -(-self.draws.uniform(chosen.shape[1]).clamp_min(1e-12).log()).log().to(sure.device)
                 ranked = (sure + self.config.temperature * (1 - share) * noise).argsort(dim=1, descending=True)

@@ -12,7 +12,7 @@ stand one behind the other: a clip of 17 frames costs 17 frames.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -126,13 +126,16 @@ class VideoTransformer(nn.Module):
 
     def states(self, x: Tensor, context: Context) -> Tensor:
         """Rows [N, width], as `context.layout` has them -> states [N, width]."""
-        for block in self.blocks:
+        normed: Tensor = self.norm(self._pass(self.blocks, x, context))
+        return normed
+
+    def _pass(self, blocks: Iterable[nn.Module], x: Tensor, context: Context) -> Tensor:
+        for block in blocks:
             if self.config.activation_checkpointing and self.training:
                 x = checkpoint(block, x, context, use_reentrant=False)  # type: ignore[assignment]
             else:
                 x = block(x, context)
-        normed: Tensor = self.norm(x)
-        return normed
+        return x
 
     def turns(self, where: Where, words: int, streams: int = 1) -> Tensor | None:
         """The rotary turns of words and of rows of frames, in the order of a layout."""
@@ -158,16 +161,41 @@ class VideoTransformer(nn.Module):
             self.states(rows, Context(layout, self.turns(where, len(rows)), None, None, caches))
         return caches
 
-    def new_states(self, x: Tensor, words: Tensor, caches: list[LayerCache], frame: int, position: int) -> Tensor:
-        """States [B, n, width] of the positions from `position` on of `frame`, the last so far, fed x [B, n, width]."""
+    def new_states(
+        self, x: Tensor, words: Tensor, caches: list[LayerCache], frame: int, position: int = 0, wanted: Tensor | None = None
+    ) -> Tensor:
+        """States of positions of `frame`, the last so far.
+
+        Args:
+            x: [B, n, width], what the positions from `position` on are fed.
+            wanted: int64 [B, m]: of which positions, counted from the first given, states are wanted, where not of all.
+
+        Returns:
+            [B, n, width], or [B, m, width] of those that are wanted.
+        """
         b, n = x.shape[:2]
-        layout = Layout([1] * b, 0, n, device=x.device)
-        turns = None
-        if self.config.rotary:
-            at = torch.arange(position, position + n, device=x.device)
-            row, column = (at // self.config.side).repeat(b), (at % self.config.side).repeat(b)
-            turns = rotary_turns(torch.full_like(row, frame), row, column, self.config.width // self.config.heads)
-        return self.states(x.flatten(0, 1), Context(layout, turns, words, None, caches, frame, position)).view_as(x)
+        at = torch.arange(position, position + n, device=x.device).repeat(b)
+        positions: slice | Tensor = slice(position, position + n)
+        context = Context(Layout([1] * b, 0, n, device=x.device), self._turns_at(frame, at), words, None, caches, frame, positions)
+        if wanted is None:
+            return self.states(x.flatten(0, 1), context).view_as(x)
+        rows = (wanted + n * torch.arange(b, device=x.device)[:, None]).flatten()
+        # Behind the last layer in which places see each other, what is not wanted is not needed either.
+        mixing = [self.config.layer_attention(layer) != "temporal" for layer in range(self.config.layers)]
+        last = self.config.layers - 1 - mixing[::-1].index(True)
+        y = self._pass(self.blocks[:last], x.flatten(0, 1), context)
+        y = self.blocks[last](y, context, rows)
+        alone = Layout([1] * b, 0, wanted.shape[1], device=x.device)
+        context = Context(alone, self._turns_at(frame, at[rows]), words, None, caches, frame, wanted + position)
+        normed: Tensor = self.norm(self._pass(self.blocks[last + 1 :], y, context))
+        return normed.unflatten(0, (b, -1))
+
+    def _turns_at(self, frame: int, at: Tensor) -> Tensor | None:
+        """The rotary turns of positions [N] of a frame."""
+        if not self.config.rotary:
+            return None
+        row, column = at // self.config.side, at % self.config.side
+        return rotary_turns(torch.full_like(row, frame), row, column, self.config.width // self.config.heads)
 
     # -- training --------------------------------------------------------------------------------------------------
 

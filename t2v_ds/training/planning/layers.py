@@ -151,5 +151,5 @@ def _cache_of_layers(run: TransformerRunConfig, layers: int) -> int:
         before = recorder.alive
         caches = model.start_caches(words)
         for frame in range(config.max_frames):
-            model.new_states(rows, words, caches, frame, 0)
+            model.new_states(rows, words, caches, frame)
         return recorder.alive - before
