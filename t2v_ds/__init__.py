@@ -25,3 +25,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(facade, name)
     raise AttributeError(f"module 't2v_ds' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

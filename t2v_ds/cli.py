@@ -197,6 +197,9 @@ def _generate(config: SamplingConfig, flags: argparse.Namespace) -> None:
     prompts = flags.prompt or []
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise ConfigError("--prompt is empty; describe a clip, such as --prompt 'a red circle moves right'")
+    begin_frames = _count("--begin-frames", flags.begin_frames)
+    if begin_frames and not flags.begin:
+        raise ConfigError("--begin-frames is given without --begin")
     from t2v_ds.generate import check_outputs, generate_files
 
     check_outputs(flags.out, flags.sheet)  # before minutes of drawing
@@ -206,8 +209,16 @@ def _generate(config: SamplingConfig, flags: argparse.Namespace) -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = load_generator(flags.model, flags.tokenizer or None, device)
-    for path in generate_files(generator, prompts, flags.out, config, flags.sheet or None, flags.begin, flags.end):
+    for path in generate_files(generator, prompts, flags.out, config, flags.sheet or None, flags.begin, flags.end, begin_frames):
         print(path)
+
+
+def _count(flag: str, value: str | None) -> int:
+    if value is None:
+        return 0
+    if not value.isdecimal() or int(value) < 1:
+        raise ConfigError(f"{flag} is {value!r}; allowed: a whole number >= 1")
+    return int(value)
 
 
 def _evaluate(config: EvaluateConfig, _: argparse.Namespace) -> None:
@@ -407,6 +418,7 @@ def _parser(name: str, verb: Verb) -> _Parser:
         parser.add_argument("--out", default="clip.gif", metavar="FILE", help=".gif or .mp4 (default: clip.gif)")
         parser.add_argument("--sheet", metavar="FILE", help="also write a contact sheet (.png): a row of frames a clip")
         parser.add_argument("--begin", metavar="GIF", help="begin with the frames of this one (continuation)")
+        parser.add_argument("--begin-frames", metavar="N", help="only with its last N frames: room for others in what the model can draw")
         parser.add_argument("--end", metavar="GIF", help="end on this one's last frame (of models trained with last_frame_share)")
         parser.add_argument("--tokenizer", metavar="DIR", help="another folder of the tokenizer that the model was trained with")
     return parser

@@ -456,6 +456,8 @@ class TransformerRunConfig:
         require(0 <= self.caption_dropout < 1, "caption_dropout", self.caption_dropout, "0 to below 1")
         require(self.length_buckets >= 0, "length_buckets", self.length_buckets, ">= 0")
         require(self.mask in ("tube", "frame"), "mask", self.mask, "'tube' or 'frame'")
+        masks = self.model.decoding == "frame" or self.mask == "tube"
+        require(masks, "mask", self.mask, "'tube', as nothing is masked unless model.decoding=frame")
         for name in ("context_noise", "context_confusion"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "0 to 1")
         allowed = "above 0, up to 1, as model.last_frame=true" if self.model.last_frame else "0, unless model.last_frame=true"

@@ -35,7 +35,7 @@ def check_outputs(out: str | Path, sheet: str | Path | None) -> None:
 
 def generate_files(
     generator: Generator, prompts: Sequence[str], out: str | Path, sampling: SamplingConfig, sheet: str | Path | None = None,
-    begin: str | Path | None = None, end: str | Path | None = None,
+    begin: str | Path | None = None, end: str | Path | None = None, begin_frames: int = 0,
 ) -> list[Path]:  # fmt: skip
     """Draw a clip for each prompt and write it.
 
@@ -47,6 +47,7 @@ def generate_files(
         sheet: also write a contact sheet (PNG) here.
         begin: a GIF with whose frames every clip begins.
         end: a GIF with whose last frame every clip ends.
+        begin_frames: only so many of the last frames of `begin`; 0: all.
 
     Returns:
         The files written.
@@ -58,7 +59,7 @@ def generate_files(
     out = Path(out)
     if not prompts:
         raise ConfigError("no prompt is given; add --prompt 'a red circle moves right'")
-    first_frames = None if begin is None else read_frames(begin, generator, "--begin")
+    first_frames = None if begin is None else read_frames(begin, generator, "--begin")[-begin_frames:]
     last_frame = None if end is None else read_frames(end, generator, "--end")[-1]
     clips = generator.generate(prompts, sampling, progress=True, first_frames=first_frames, last_frame=last_frame)
     names = [out] if len(clips) == 1 else [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(len(clips))]

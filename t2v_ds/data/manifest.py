@@ -145,7 +145,10 @@ class Manifest:
         if found not in FORMATS or data.get("format") != FORMATS[found]:
             raise DataError(f"{path} is not a manifest that this version reads: expected format {' or '.join(FORMATS.values())}")
         if kind is not None and found != kind:
-            raise DataError(f"{folder} holds {found} shards, made by {STAGES[found]}; expected {kind} shards, made by {stage}")
+            raise DataError(
+                f"{folder} holds {found.removesuffix('s')} shards, made by {STAGES[found]}; "
+                f"expected {kind.removesuffix('s')} shards, made by {stage}"
+            )
         try:
             shards = [ShardInfo(**shard) for shard in data["shards"]]
             for shard in shards:

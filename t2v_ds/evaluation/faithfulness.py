@@ -144,7 +144,9 @@ def judge(prompted: list[Prompted], drawn: list[np.ndarray], true: list[np.ndarr
     """Accuracy of colour, shape and direction: seen, held out, and for reference true clips with their own and with shuffled captions."""
     wanted = [one[:3] for one in prompted]
     readings, references = [read_clip(clip) for clip in drawn], [read_clip(clip) for clip in true]
-    shuffled = np.random.Generator(np.random.PCG64(1)).permutation(len(wanted))
+    order = np.random.Generator(np.random.PCG64(1)).permutation(len(wanted))
+    shuffled = np.empty_like(order)
+    shuffled[order] = np.roll(order, 1)  # in one ring: none keeps its own
     seen = [i for i, one in enumerate(prompted) if not one[3]]
     held_out = [i for i, one in enumerate(prompted) if one[3]]
     return {

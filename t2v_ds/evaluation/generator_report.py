@@ -177,7 +177,7 @@ def summary(out: str, report: dict[str, Any]) -> list[str]:
         f"(unigram {loss['unigram_bits']:.4f})",
         f"  {frechet['measure']}: {frechet['distance']:.4g}"
         + (f" (real clips: {frechet['floor']['distance']:.4g})" if frechet["floor"] else "")
-        + f", {frechet['clips']} clips",
+        + f", {frechet['clips']} clips; real clips: {frechet['real_clips']}",
         f"  motion: {drawn['levels']:.2f} levels a frame (real clips: {real['levels']:.2f})",
         f"  nearer to a training clip than these are to one another: {_share(copies['nearer_than_1st_percentile'])}",
     ]

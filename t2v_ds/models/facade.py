@@ -239,6 +239,11 @@ class Generator:
         if sampling.guidance_schedule == "passes" and config.decoding == "token":
             what = f"setting '{group}guidance_schedule' is 'passes'"
             raise ConfigError(f"{what}, but this model draws no frame in passes: allowed: constant, frames")
+        usual = SamplingConfig()
+        for name in ("passes", "unmask"):
+            value, other = getattr(sampling, name), getattr(usual, name)
+            if value != other and config.decoding == "token":
+                raise ConfigError(f"setting '{group}{name}' is {value!r}, but this model draws no frame in passes: leave it at {other!r}")
         if sampling.loop and not config.last_frame:
             raise ConfigError(f"setting '{group}loop' is true, {_NO_ENDING}")
 
@@ -253,7 +258,12 @@ class Generator:
         known = 0 if first_frames is None else len(first_frames)
         wanted = sampling.frames or min(self.max_frames, self.model.config.max_frames)
         if known + (last_frame is not None) >= wanted and known:
-            raise ConfigError(f"{known} first frames are given, and the clip has {wanted}: give fewer, or ask for more with frames=")
+            ends = " and a last one" if last_frame is not None else ""
+            most = self.model.config.max_frames
+            more = f", or ask for up to {most} with frames=" if wanted < most else f"; this model draws no more than {most}"
+            raise ConfigError(
+                f"{known} first frames{ends} are given, and the clip has {wanted}: go on from the last few of them (--begin-frames){more}"
+            )
         codes = [None if one is None else torch.from_numpy(self.tokenizer.encode(one).astype(np.int64)).to(self.device)
                  for one in (first_frames, None if last_frame is None else last_frame[None])]  # fmt: skip
         return codes[0], None if codes[1] is None else codes[1][0]

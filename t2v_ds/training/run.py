@@ -20,6 +20,7 @@ from t2v_ds.config import TextConfig, TransformerRunConfig, VQVAERunConfig, requ
 from t2v_ds.config_loader import to_dict
 from t2v_ds.data.collate import frames_batch, pad_text
 from t2v_ds.data.dataset import Buffer, ShardDataset
+from t2v_ds.data.manifest import Manifest
 from t2v_ds.data.order import Order
 from t2v_ds.data.remote import CachedFolder, LocalFolder, open_folder
 from t2v_ds.data.stream import ClipStream, Places, random_frames, whole_codes
@@ -56,11 +57,7 @@ def train_vqvae(config: VQVAERunConfig) -> dict[str, float]:
     require(shared == 1, "train.sequence_parallel", shared, "1 for the tokenizer, whose frames are small")
     collectives = connect()
     with ShardDataset(_opened(config), "raw", config.chunk) as dataset:
-        if dataset.manifest.image_size != config.model.image_size:
-            raise ConfigError(
-                f"setting 'model.image_size' is {config.model.image_size}, but {config.data} holds frames of "
-                f"{dataset.manifest.image_size} pixels: set model.image_size={dataset.manifest.image_size}, or prepare the data again"
-            )
+        require_image_size(config, dataset.manifest)
         clips = training_clips(dataset, config)
         start = load_tokenizer(config.start) if config.start else None
         steps, warmup = total_steps(config.train, len(clips)), config.model.quantizer.warmup_steps
@@ -220,8 +217,8 @@ def _text_encoder(config: TransformerRunConfig, dataset: ShardDataset) -> tuple[
                 "name an encoder, such as text.encoder=hashing, or tokenize again with one"
             )
         return build_text_encoder(config.text), config.text
-    logger.info("captions are the stored text vectors of %s; %d of them are cut", stored.identity, dataset.manifest.text_truncated)
     if not config.text.encoder and not config.sample_prompts:  # then no encoder need be at hand
+        _tell_stored(dataset, stored.identity)
         numbers = _shown(dataset)
         vectors = {dataset.caption(i): torch.from_numpy(dataset.read(i)["text"]).float() for i in numbers.tolist()}
         return StoredTextEncoder(stored.identity, stored.settings.tokens, stored.width, vectors), stored.settings
@@ -233,7 +230,12 @@ def _text_encoder(config: TransformerRunConfig, dataset: ShardDataset) -> tuple[
             f"{config.data} holds the text vectors of {stored.identity}, but this run's text encoder is {text.identity()}: "
             f"set {as_stored} and have the same files, or text.encoder= (empty) to use what is stored, or tokenize again with {as_here}"
         )
+    _tell_stored(dataset, stored.identity)
     return text, settings
+
+
+def _tell_stored(dataset: ShardDataset, identity: str) -> None:
+    logger.info("captions are the stored text vectors of %s; %d of them are cut", identity, dataset.manifest.text_truncated)
 
 
 class _Vary:
@@ -272,7 +274,10 @@ def _fit_model(config: TransformerRunConfig, dataset: ShardDataset, text_width: 
     """
     manifest, longest = dataset.manifest, int(dataset.lengths.max())
     if longest > config.model.max_frames:
-        raise ConfigError(f"setting 'model.max_frames' is {config.model.max_frames}, but {config.data} holds clips of {longest} frames")
+        raise ConfigError(
+            f"setting 'model.max_frames' is {config.model.max_frames}, but {config.data} holds clips of {longest} frames: "
+            f"set model.max_frames={longest}, or prepare shorter clips"
+        )
     return dataclasses.replace(
         config.model, grid_size=manifest.grid_size, codebook_size=manifest.codebook_size, text_width=text_width
     )  # fmt: skip
@@ -283,6 +288,15 @@ def _clips(dataset: ShardDataset) -> Clips:
     some = np.unique(np.linspace(0, len(dataset) - 1, 256).astype(int))
     durations = [duration for i in some for duration in dataset.read(int(i))["durations_ms"]]
     return Clips(int(dataset.lengths.min()), int(dataset.lengths.max()), max(20, int(np.median(durations))))
+
+
+def require_image_size(config: VQVAERunConfig, manifest: Manifest) -> None:
+    """Raise ConfigError unless the model takes frames of the data's size."""
+    if manifest.image_size != config.model.image_size:
+        raise ConfigError(
+            f"setting 'model.image_size' is {config.model.image_size}, but {config.data} holds frames of "
+            f"{manifest.image_size} pixels: set model.image_size={manifest.image_size}, or prepare the data again"
+        )
 
 
 def _require_folders(data: str, out: str) -> None:

@@ -102,7 +102,7 @@ def test_missing_folders_are_named(verb: str, flags: dict[str, str], trained: Tr
 
 def test_folders_of_another_kind_are_named(trained: Trained, tmp_path: Path) -> None:
     sentence = said(t2v("train-transformer", "--data", trained.raw, "--out", tmp_path / "out"))
-    assert "holds raw shards, made by t2v prepare; expected tokens shards, made by t2v tokenize" in sentence
+    assert "holds raw shards, made by t2v prepare; expected token shards, made by t2v tokenize" in sentence
     sentence = said(t2v("generate", "--model", trained.tokenizer, "--prompt", "a", "--out", tmp_path / "x.gif"))
     assert "holds a model of kind 'tokenizer'; expected a generator" in sentence
     assert list(tmp_path.iterdir()) == []

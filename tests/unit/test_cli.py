@@ -141,6 +141,8 @@ def test_the_launchers_flag_is_ignored_wherever_it_stands(at: int, flag: str, ca
         (["generate", "--model", "m", "--prompt", "a", "--out", "/proc/x.gif"], "--out is '/proc/x.gif', where no file can be"),
         (["generate", "--model", "m", "--prompt", "a", "--out", "/dev/null/x.gif"], "'/dev/null/x.gif', where no file can be"),
         (["generate", "--model", "m", "--prompt", "a", "--sheet", "/dev/null/a/x.png"], "--sheet is '/dev/null/a/x.png', where no file"),
+        (["generate", "--model", "m", "--prompt", "a", "--begin-frames", "2"], "--begin-frames is given without --begin"),
+        (["generate", "--model", "m", "--prompt", "a", "--begin", "x.gif", "--begin-frames", "0"], "--begin-frames is '0'; allowed: a"),
         (["plan", "--json", "/"], "--json is '/', which is a folder; allowed: a file name"),
         (["plan", "--json", "/proc/x.json"], "--json is '/proc/x.json', where no file can be"),
         (["evaluate", "--model", "m", "--data", "x", "--out", "/dev/null/ev"], "--out is '/dev/null/ev', where no folder can be"),

@@ -346,7 +346,7 @@ def test_mistakes_are_told_before_anything_is_written(chain: Chain, tmp_path: Pa
         ([*data, "--model", "nowhere"], CheckpointError, "there is no model folder nowhere"),
         ([*data, "--model", str(chain.tokenizer)], CheckpointError, "holds a model of kind 'tokenizer'; expected a generator"),
         ([*model, "--data", "nowhere"], DataError, "data folder nowhere does not exist: make it with t2v tokenize"),
-        ([*model, "--data", str(chain.raw)], DataError, "holds raw shards, made by t2v prepare; expected tokens shards"),
+        ([*model, "--data", str(chain.raw)], DataError, "holds raw shards, made by t2v prepare; expected token shards"),
         ([*model, "--data", str(tmp_path / "foreign")], CheckpointError, f"made with tokenizer {own}, but .*foreign is tokenizer {other}"),
         ([*model, *data, "--validation", str(tmp_path / "foreign")], CheckpointError, f"{own}.*{other}"),
         ([*model, *data, "--validation", str(chain.tokens)], DataError, "holds the same clips as --data"),

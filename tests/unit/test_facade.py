@@ -16,6 +16,7 @@ import torch
 import t2v_ds
 from t2v_ds.config import QuantizerConfig, SamplingConfig, TextConfig, TransformerConfig, VQVAEConfig
 from t2v_ds.errors import CheckpointError, ConfigError
+from t2v_ds.generate import generate_files, read_frames, write_clip
 from t2v_ds.models.exported import export_model
 from t2v_ds.models.facade import Generator, Tokenizer, export_tokenizer, generator_config, load_tokenizer
 from t2v_ds.models.text import build_text_encoder
@@ -261,8 +262,18 @@ def test_clips_begin_and_end_as_given(tmp_path: Path) -> None:
     assert len(drawn) == 5
     [looped] = generator.generate("a circle", loop=True, frames=4)
     assert np.array_equal(looped[0], looped[-1])
-    with pytest.raises(ConfigError, match="5 first frames are given, and the clip has 5"):
+    with pytest.raises(ConfigError, match=r"5 first frames are given, and the clip has 5: .* \(--begin-frames\), or ask for up to 6 with"):
         generator.generate("a circle", first_frames=clip(5))
+    with pytest.raises(ConfigError, match=r"5 first frames and a last one are given, and the clip has 6: .*; this model draws no more"):
+        generator.generate("a circle", first_frames=clip(5), last_frame=last, frames=6)
+    gif, out = tmp_path / "begin.gif", tmp_path / "out.gif"
+    write_clip(gif, clip(5), 70)
+    with pytest.raises(ConfigError, match="5 first frames are given, and the clip has 4"):
+        generate_files(generator, ["a circle"], out, SamplingConfig(frames=4), begin=gif)
+    generate_files(generator, ["a circle"], out, SamplingConfig(frames=4), begin=gif, begin_frames=2)
+    begun = generator.tokenizer.decode(generator.tokenizer.encode(read_frames(gif, generator, "")[3:]))
+    written = read_frames(out, generator, "")
+    assert len(written) == 4 and np.abs(written[:2].astype(int) - begun).mean() < 8  # a GIF has 256 colours
     with pytest.raises(ConfigError, match="'loop' is true and a last frame is given"):
         generator.generate("a circle", loop=True, last_frame=last)
 
@@ -270,6 +281,8 @@ def test_clips_begin_and_end_as_given(tmp_path: Path) -> None:
 def test_guidance_that_rises_with_the_passes_needs_passes(folders: tuple[Path, Path]) -> None:
     with pytest.raises(ConfigError, match="'guidance_schedule' is 'passes', but this model draws no frame in passes"):
         t2v_ds.load_generator(folders[1]).generate("a circle", guidance_schedule="passes")
+    with pytest.raises(ConfigError, match="'passes' is 9, but this model draws no frame in passes: leave it at 8"):
+        t2v_ds.load_generator(folders[1]).generate("a circle", passes=9)
 
 
 def test_a_model_that_was_not_trained_to_end_on_a_frame_says_so(folders: tuple[Path, Path]) -> None:

@@ -37,6 +37,8 @@ def test_true_clips_are_read_and_shuffled_ones_are_at_chance(clips: list[np.ndar
         # 120 clips: three standard deviations.
         assert results["true clips, shuffled captions"][name] == pytest.approx(chance, abs=3 * (chance * (1 - chance) / CLIPS) ** 0.5)
     assert results["seen"]["all"] < 0.2  # what is judged are the clips that were drawn, here those of the neighbour
+    few = choose_prompts(4)
+    assert judge(few, clips[:4], true_clips(few, 0, 64, 15, 20))["true clips, shuffled captions"]["all"] == 0  # none keeps its own
     own = judge(prompted, clips, rotated)
     assert own["seen"]["all"] >= 0.98
     assert own["held out"]["all"] >= 0.98

@@ -45,6 +45,9 @@ def test_stored_text_vectors_tell_of_width_and_tokens(tmp_path: Path) -> None:
     for again in (run, read_work(PlanConfig(text_width=9), empty)[1], read_work(PlanConfig(), run)[1]):  # a change is planned from `run`
         assert isinstance(again, TransformerRunConfig)
         assert (again.model.text_width, again.text.tokens, work.longest) == (384, 24, 15)
+    read_work(PlanConfig(text_width=384), run_of(data=str(tmp_path), text={"encoder": "minilm", "tokens": 24, "width": 5}))
+    with pytest.raises(ConfigError, match=r"vectors of minilm/1, but this run has text.encoder=hashing, text.tokens=16: set text.encod"):
+        read_work(PlanConfig(), run_of(data=str(tmp_path)))
     write_manifest(tmp_path, {15: 8})
     with pytest.raises(ConfigError, match=r"'text.encoder' is empty, but --data .* holds no text vectors: name an encoder"):
         read_work(PlanConfig(), empty)
@@ -90,8 +93,17 @@ def test_folders_without_token_shards_are_refused(tmp_path: Path) -> None:
         read_work(PlanConfig(), run_of(data=str(tmp_path)))
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "kind": "raw", "format": "t2v_ds.raw/1"}))
-    with pytest.raises(DataError, match="expected tokens shards"):
+    with pytest.raises(DataError, match="expected token shards"):
         read_work(PlanConfig(), run_of(data=str(tmp_path)))
+
+
+def test_frames_of_another_size_are_refused_as_training_does(tmp_path: Path) -> None:
+    shard = ShardInfo("a.tar", 2, 30, 1, "0", "0", 0, {"15": 2})
+    Manifest.build("raw", [shard], image_size=64).save(tmp_path)
+    run = from_dict(VQVAERunConfig, {"data": str(tmp_path), "model": {"image_size": 64}})
+    assert read_work(PlanConfig(), run)[0].clips == 2
+    with pytest.raises(ConfigError, match=r"'model.image_size' is 128, but .* holds frames of 64 pixels: set model.image_size=64"):
+        read_work(PlanConfig(), from_dict(VQVAERunConfig, {"data": str(tmp_path)}))
 
 
 def test_the_largest_micro_batch_is_of_whole_clips_unless_that_never_happens() -> None:

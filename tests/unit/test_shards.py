@@ -85,7 +85,7 @@ def test_tokens_are_uint16(tmp_path: Path) -> None:
     assert sample["codes"].dtype == np.uint16
     assert (sample["codes"] == clip(4)[0][..., 0].astype(int) * 4).all()
     assert Manifest.load(tmp_path).tokenizer_id == "abc"
-    with pytest.raises(DataError, match=r"holds tokens shards.*expected raw"):
+    with pytest.raises(DataError, match=r"holds token shards.*expected raw"):
         ShardDataset(tmp_path, "raw")
     with pytest.raises(ValueError, match="uint16"):
         token_members(np.full((1, 2, 2), 65536), "x", [1], {})

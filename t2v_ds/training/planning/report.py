@@ -61,9 +61,13 @@ def _unit(plan: Plan) -> str:
     return "process" if plan.config.accelerator == "cpu" else "GPU"
 
 
+def _units(plan: Plan) -> str:
+    return "processes" if plan.config.accelerator == "cpu" else "GPUs"
+
+
 def _run(plan: Plan) -> str:
     work, train = plan.work, plan.run.train
-    clips = f"{work.micro} clips x {work.accumulation} micro-batches x {plan.config.gpus} {_unit(plan)}s"
+    clips = f"{work.micro} clips x {work.accumulation} micro-batches x {plan.config.gpus} {_units(plan)}"
     if isinstance(plan.run, TransformerRunConfig):
         model = plan.run.model
         what = f"{model.layers} layers of width {model.width}, attention {model.attention}, decoding {model.decoding}"

@@ -22,6 +22,7 @@ from t2v_ds.data.manifest import Manifest
 from t2v_ds.errors import ConfigError
 from t2v_ds.training.ds_config import accumulation_steps
 from t2v_ds.training.loop import total_steps
+from t2v_ds.training.run import require_image_size
 
 RunConfig = TransformerRunConfig | VQVAERunConfig
 # A share cos(pi/2 u) of the positions is masked, u uniform (variation._mask): its mean.
@@ -65,6 +66,8 @@ def read_work(plan: PlanConfig, run: RunConfig) -> tuple[Work, RunConfig]:
         manifest = Manifest.load(Path(run.data), "tokens" if isinstance(run, TransformerRunConfig) else "raw")
         if not manifest.total_clips:
             raise ConfigError(f"--data {run.data} holds no clip")
+        if isinstance(run, VQVAERunConfig):
+            require_image_size(run, manifest)
     lengths = {1: 1}  # the VQ-VAE takes frames_per_clip of each clip, whatever its length
     if isinstance(run, TransformerRunConfig):
         run = _fill_in(plan, run, manifest)
@@ -83,6 +86,14 @@ def _fill_in(plan: PlanConfig, run: TransformerRunConfig, manifest: Manifest | N
         if stored is None:
             raise ConfigError(f"setting 'text.encoder' is empty, but --data {run.data} holds no text vectors: name an encoder")
         width, text = stored.width, dataclasses.replace(text, tokens=stored.settings.tokens)
+    elif stored is not None:
+        names = ("encoder", "tokens", "width") if text.encoder == "hashing" else ("encoder", "tokens")
+        differs = [f"text.{name}={getattr(text, name)}" for name in names if getattr(text, name) != getattr(stored.settings, name)]
+        if differs:
+            raise ConfigError(
+                f"--data {run.data} holds the text vectors of {stored.identity}, but this run has {', '.join(differs)}: "
+                "set text.encoder= (empty) to use what is stored"
+            )
     if not width:
         of = f"text encoder '{text.encoder}' is known only once it is loaded" if text.encoder else "stored vectors is known from --data"
         raise ConfigError(f"setting 'text_width' is 0, but the width of {of}: give it, such as text_width=768")
