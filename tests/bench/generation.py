@@ -31,9 +31,9 @@ class Clip:
         text, mask = torch.randn(1, 16, 128, device=self.device), torch.ones(1, 16, dtype=torch.bool, device=self.device)
         sampling = SamplingConfig(guidance=1.0, passes=passes)
         self.drawing = _Drawing(self.model, text, mask, sampling, 40, Draws(0, [0]), CachedStates)
-        self.drawing.start(None)
         self.frames = list(torch.randint(0, 1024, (context, 1, 1024, 1), device=self.device))
         with torch.no_grad(), self.precision():
+            self.drawing.start(None)
             self.drawing.given(self.frames)
 
     def precision(self) -> torch.autocast:
