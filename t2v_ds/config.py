@@ -360,6 +360,7 @@ class TransformerConfig:
     window_frames: int = 4  # that attention "window" sees, the frame itself included
     conditioning: str = "prefix"  # "prefix": words stand before the frames; "cross": every layer looks at the words apart
     group: int = 1  # each position carries group x group codes
+    head_ratio: int = 0  # hidden units of the head's MLPs, in widths; 0: single layers, enough where group is 1
     neighbourhood: int = 3  # positions are fed the codes this far around: in the frame before, and in what is known of their own; 0: off
     learned_positions: bool = True  # learned embeddings of the place in the frame and of the frame's number
     rotary: bool = True  # queries and keys turned by (time, row, column)
@@ -385,6 +386,7 @@ class TransformerConfig:
         require(0 <= self.dropout < 1, "model.dropout", self.dropout, "0 to below 1")
         require(self.max_frames >= 1, "model.max_frames", self.max_frames, ">= 1")
         require(self.group >= 1, "model.group", self.group, ">= 1")
+        require(0 <= self.head_ratio <= 16, "model.head_ratio", self.head_ratio, "0 to 16")
         known = self.text_width > 0 or self.grid_size != GRID_SIZE  # else the data's grid, which is filled in with the width, is to come
         fits = not known or self.grid_size % self.group == 0
         require(fits, "model.group", self.group, f"a divisor of the grid ({self.grid_size} codes a side)")

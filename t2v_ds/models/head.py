@@ -12,6 +12,13 @@ from t2v_ds.models.blocks import RMSNorm
 TIED_SCALE = 1 / 6  # embeddings start as loud as the other inputs; logits of that size would be sure of everything
 
 
+def _mixer(width: int, ratio: int) -> nn.Sequential:
+    """How a state is changed for a slot: one layer, or with `ratio` two, with so many widths of hidden units between them."""
+    first = nn.Linear(width, max(1, ratio) * width, bias=False)
+    second = [nn.Linear(ratio * width, width, bias=False)] if ratio else []
+    return nn.Sequential(first, nn.GELU(approximate="tanh"), *second)
+
+
 class GroupHead(nn.Module):
     """See the module's docstring.
 
@@ -28,9 +35,7 @@ class GroupHead(nn.Module):
         width = config.width
         self.given = nn.ModuleList(nn.Embedding(config.codebook_size, width) for _ in range(self.slots - 1))
         self.norms = nn.ModuleList(RMSNorm(width) for _ in range(self.slots))
-        self.mixers = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, width, bias=False), nn.GELU(approximate="tanh")) for _ in range(self.slots)
-        )
+        self.mixers = nn.ModuleList(_mixer(width, config.head_ratio) for _ in range(self.slots))
         self.logits = nn.ModuleList(nn.Linear(width, config.codebook_size) for _ in range(self.slots))
         if config.tied_head:
             for table, logits in zip(tables, self.logits, strict=True):

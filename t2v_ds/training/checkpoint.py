@@ -64,6 +64,7 @@ ADDED = {
     "train.compile": False,
     "train.sequence_parallel": 1,
     "context_confusion": 0.0,
+    "model.head_ratio": 0,
 }
 
 

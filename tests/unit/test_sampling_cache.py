@@ -13,7 +13,7 @@ from tests.toy_transformer import LONGEST, K, Recomputed, captions, make
 
 KINDS: list[dict[str, Any]] = [
     {"attention": "full"},
-    {"attention": "factorised", "layers": 4},
+    {"attention": "factorised", "layers": 4, "head_ratio": 2},
     {"attention": "window", "window_frames": 2},
     {"attention": "factorised", "conditioning": "cross", "kv_heads": 1},
     {"attention": "full", "rotary": False, "learned_positions": False, "neighbourhood": 0, "conditioning": "cross"},
