@@ -174,28 +174,24 @@ class VideoTransformer(nn.Module):
             [B, n, width], or [B, m, width] of those that are wanted.
         """
         b, n = x.shape[:2]
-        at = torch.arange(position, position + n, device=x.device).repeat(b)
-        positions: slice | Tensor = slice(position, position + n)
-        context = Context(Layout([1] * b, 0, n, device=x.device), self._turns_at(frame, at), words, None, caches, frame, positions)
+        turns = None
+        if self.config.rotary:
+            at = torch.arange(position, position + n, device=x.device).repeat(b)
+            row, column = at // self.config.side, at % self.config.side
+            turns = rotary_turns(torch.full_like(row, frame), row, column, self.config.width // self.config.heads)
+        layout, positions = Layout([1] * b, 0, n, device=x.device), slice(position, position + n)
+        context = Context(layout, turns, words, None, caches, frame, positions)
         if wanted is None:
             return self.states(x.flatten(0, 1), context).view_as(x)
         rows = (wanted + n * torch.arange(b, device=x.device)[:, None]).flatten()
         # Behind the last layer in which places see each other, what is not wanted is not needed either.
-        mixing = [self.config.layer_attention(layer) != "temporal" for layer in range(self.config.layers)]
-        last = self.config.layers - 1 - mixing[::-1].index(True)
+        last = next(layer for layer in reversed(range(self.config.layers)) if self.config.layer_attention(layer) != "temporal")
         y = self._pass(self.blocks[:last], x.flatten(0, 1), context)
         y = self.blocks[last](y, context, rows)
-        alone = Layout([1] * b, 0, wanted.shape[1], device=x.device)
-        context = Context(alone, self._turns_at(frame, at[rows]), words, None, caches, frame, wanted + position)
+        layout, turns = Layout([1] * b, 0, wanted.shape[1], device=x.device), None if turns is None else turns[rows]
+        context = Context(layout, turns, words, None, caches, frame, wanted + position)
         normed: Tensor = self.norm(self._pass(self.blocks[last + 1 :], y, context))
         return normed.unflatten(0, (b, -1))
-
-    def _turns_at(self, frame: int, at: Tensor) -> Tensor | None:
-        """The rotary turns of positions [N] of a frame."""
-        if not self.config.rotary:
-            return None
-        row, column = at // self.config.side, at % self.config.side
-        return rotary_turns(torch.full_like(row, frame), row, column, self.config.width // self.config.heads)
 
     # -- training --------------------------------------------------------------------------------------------------
 

@@ -36,9 +36,9 @@ class Sample:
 
 def lookalikes(codebook: Tensor) -> np.ndarray:
     """For each code of a codebook [K, D] those nearest to it, without itself: uint16 [K, up to 16]."""
-    nearest = []
+    codebook, nearest = codebook.float(), []
     for rows in torch.arange(len(codebook), device=codebook.device).split(4096):  # the distances of 65,536 codes would take 17 GB
-        distances = torch.cdist(codebook[rows].float(), codebook.float()).scatter(1, rows[:, None], float("inf"))
+        distances = torch.cdist(codebook[rows], codebook).scatter(1, rows[:, None], float("inf"))
         nearest.append(distances.topk(min(ALIKE, len(codebook) - 1), largest=False).indices)
     return torch.cat(nearest).cpu().numpy().astype(np.uint16)
 
