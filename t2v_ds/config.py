@@ -439,7 +439,7 @@ class TransformerRunConfig:
     caption_dropout: float = 0.1  # share of captions replaced by the empty one, for guidance
     excerpt_share: float = 0.0  # share of samples that are a short excerpt of a clip: cheap practice in drawing and moving
     excerpt_frames: int = 4
-    mask: str = "tube"  # decoding "frame": which positions are masked: "tube": the same in all frames of a clip; "frame": others in each
+    mask: str = "tube"  # decoding "frame": order in which positions are told: "tube": the same in all frames of a clip; "frame": another in each
     context_noise: float = 0.0  # up to this share of the codes that the model is fed are replaced by random ones, against drift
     context_confusion: float = 0.0  # the same by codes that look alike, the mistakes of sampling; with both, a clip has one or the other
     last_frame_share: float = 0.0  # share of whole clips whose last frame is given (needs model.last_frame)

@@ -40,20 +40,17 @@ def codes_of(frames: int, seed: int = 0, side: int = 4) -> Tensor:
     return torch.randint(0, K, (frames, side, side), generator=torch.Generator().manual_seed(seed))
 
 
-def some_masked(lengths: list[int], positions: int, seed: int = 0) -> Tensor:
-    """bool [F, P]: about half of the positions, at least one a frame."""
-    generator = torch.Generator().manual_seed(seed)
-    masked = torch.rand(sum(lengths), positions, generator=generator) < 0.5
-    masked[:, 0] = True
-    return masked
+def some_passes(lengths: list[int], positions: int, seed: int = 0) -> Tensor:
+    """In which of three passes positions are told, at random: int64 [F, P]."""
+    return torch.randint(3, (sum(lengths), positions), generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
 def states_of(
-    model: VideoTransformer, codes: Tensor, lengths: list[int], text: Tensor, mask: Tensor, masked: Tensor | None = None
+    model: VideoTransformer, codes: Tensor, lengths: list[int], text: Tensor, mask: Tensor, passes: Tensor | None = None
 ) -> tuple[Tensor, Layout]:
     """States [S, F, P, width] of whole clips."""
-    states, layout, _ = model.clip_states(codes, lengths, text, mask, [-1] * len(lengths), masked, None)
+    states, layout, _ = model.clip_states(codes, lengths, text, mask, [-1] * len(lengths), passes, None)
     return states, layout
 
 
@@ -72,26 +69,31 @@ class Recomputed:
 
     def __init__(self, model: VideoTransformer, condition: Condition) -> None:
         self.model, self.condition = model, condition
+        self._passes: list[Tensor] = []  # of each frame so far: [B, P]
+        self._count = 0  # of the passes of the last of them
 
-    def _states(self, frames: list[Tensor], masked: Tensor | None) -> Tensor:
+    def _states(self, frames: list[Tensor]) -> Tensor:
         model, condition, count = self.model, self.condition, len(frames)
         codes = model.to_codes(torch.stack(frames, dim=1).flatten(0, 1))  # clip after clip
         clips = len(condition.text)
-        every = masked
-        if model.config.decoding == "frame":
-            every = torch.zeros(clips, count, model.config.positions, dtype=torch.bool, device=codes.device)
-            every[:, -1] = False if masked is None else masked
-            every = every.flatten(0, 1)
+        passes = torch.stack(self._passes, dim=1).flatten(0, 1) if model.config.decoding == "frame" else None
         starts = [-1] * clips
-        states, _, _ = model.clip_states(codes, [count] * clips, condition.text, condition.mask, starts, every, condition.goals)
+        states, _, _ = model.clip_states(codes, [count] * clips, condition.text, condition.mask, starts, passes, condition.goals)
         return states.unflatten(1, (clips, count))[:, :, -1]  # [S, B, P, width]
 
-    def masked(self, frames: list[Tensor], current: Tensor, wanted: Tensor) -> Tensor:
-        states = self._states([*frames, current.clamp_min(0)], current[..., 0] < 0)[1]
-        return states.gather(1, wanted[..., None].expand(-1, -1, states.shape[-1]))
+    def in_pass(self, frames: list[Tensor], current: Tensor, known: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+        if len(self._passes) == len(frames):
+            self._passes.append(torch.full(current.shape[:2], self.model.config.positions))
+            self._count = 0
+        self._passes[-1].scatter_(1, known, self._count)
+        self._count += bool(known.numel())
+        later = self._passes[-1] == self.model.config.positions
+        assert torch.equal(later, current[..., 0] < 0)
+        states = self._states([*frames, current.clamp_min(0)])
+        return tuple(x.gather(1, at[..., None].expand(-1, -1, x.shape[-1])) for x, at in zip(states, (known, asked), strict=True))  # type: ignore[return-value]
 
     def last(self, frames: list[Tensor]) -> Tensor:
-        return self._states(frames, None)[0]
+        return self._states(frames)[0]
 
     def position(self, frames: list[Tensor], current: Tensor, position: int) -> Tensor:
-        return self._states([*frames, current], None)[0][:, position : position + 1]
+        return self._states([*frames, current])[0][:, position : position + 1]

@@ -1,17 +1,22 @@
 """What a position may look at, computed without ever building a mask over the whole clip.
 
-    layer's kind    token (one after another)                 frame (clean stream c, masked stream m)
-    full            words, all positions before, itself       words, frames up to t of c | before t of c, and t of m
+    layer's kind    token (one after another)                 frame (in passes: what is known, and what a pass is to tell)
+    full            words, all positions before, itself       words, known positions: all before frame t, and of t those told
+                                                              in passes before (a known one: up to) its own
     window          the same in the last n frames             the same in the last n frames
-    spatial         words, its frame up to itself             words, its whole frame of its own stream
-    temporal        its place in the frames up to t           its place up to t of c | before t of c, and t of m
+    spatial         words, its frame up to itself             the same in its frame
+    temporal        its place in the frames up to t           its place in the frames before t, itself
+
+With passes every position stands twice in training: known, and masked. Nothing looks at masked positions but they themselves, so that
+the guess of a pass depends on what is known and on nothing else, and what is known never has to be computed again: drawing a
+frame computes every position twice, however many passes there are. (Two streams: Yang et al. 2019, "XLNet"; drawn in parallel after any
+order: Li et al. 2025, "Autoregressive Image Generation with Randomized Parallel Decoding".) Frames before are seen as they
+are, as when clips are drawn: complete teacher forcing (Zhou et al. 2025, "Taming Teacher Forcing for Masked Autoregressive Video
+Generation").
 
 Everything is a few calls of `scaled_dot_product_attention`: one for full causal attention, one for all frames within
 themselves, one for all places along time, and one a frame for windows and for whole frames. Masks are at most as large as a frame
 is against what it sees. FlexAttention is not used: on the CPU it has no backward pass and falls back to a dense mask without saying so.
-
-The masked stream beside the clean one is complete teacher forcing (Zhou et al. 2025, "Taming Teacher Forcing for Masked
-Autoregressive Video Generation"): a frame is guessed after frames as they are, as it will be when clips are drawn.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from t2v_ds.models.layout import Group, Layout
 
@@ -35,9 +41,41 @@ class QKV(NamedTuple):
     v: Tensor
 
 
+class Passes:
+    """In which pass each position of some frames is told, and so what is seen of a frame by its own positions.
+
+    Args:
+        numbers: int64 [F, P], 0 for the first pass.
+    """
+
+    def __init__(self, numbers: Tensor) -> None:
+        self.numbers = numbers
+        self._masks: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def mask(self, before: int, dtype: torch.dtype) -> Tensor:
+        """What the known and the masked positions see of `before` keys and of their frame: [F, 2P, before + P], 0 or -inf to be added.
+
+        Made once for all layers: what attention keeps for its backward pass is then one mask, not one a layer.
+        """
+        if (before, dtype) not in self._masks:
+            self._masks[before, dtype] = seen_of_frame(self.numbers, before, dtype)
+        return self._masks[before, dtype]
+
+
+def seen_of_frame(numbers: Tensor, before: int, dtype: torch.dtype) -> Tensor:
+    """`Passes.mask` of frames with these numbers, int64 [F, P]."""
+    asking, asked = numbers[:, :, None], numbers[:, None, :]
+    hidden = torch.cat([asked > asking, asked >= asking], dim=1)
+    return F.pad(torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, float("-inf")), (before, 0))
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """Softmax attention: q [n, L, heads, D], k and v [n, M, kv heads, D] -> [n, L, heads, D]; `mask`: bool [L, M], True: is seen."""
+    """Softmax attention: q [n, L, heads, D], k and v [n, M, kv heads, D] -> [n, L, heads, D].
+
+    `mask`: bool [L, M], True: is seen; or [n, L, M], added to the scores, of the values' type.
+    """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    mask = mask[:, None] if mask is not None and mask.ndim == 3 else mask
     if q.device.type == "cpu" and q.shape[2] > 1 and q.shape[2] * k.shape[2] <= SHORT:
         if causal:
             mask = causal_tail(q.shape[2], k.shape[2], q.device)
@@ -50,7 +88,7 @@ def _attend_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tenso
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     return scores.softmax(-1, dtype=torch.promote_types(torch.float32, scores.dtype)).to(v.dtype) @ v
 
 
@@ -64,26 +102,34 @@ def attend_words(words: QKV) -> Tensor:
     return attend(*words, causal=True)
 
 
-def attend_frames(kind: str, frames: QKV, words: QKV, layout: Layout, window: int) -> Tensor:
+def attend_frames(kind: str, frames: QKV, words: QKV, layout: Layout, window: int, passes: Passes | None = None) -> Tensor:
     """Attention of the positions of frames.
 
     Args:
         kind: "full", "window", "spatial" or "temporal".
-        frames: [S, F, P, heads, D].
+        frames: [S, F, P, heads, D]; with `passes` twice, as they are and masked.
         words: [B, W, heads, D], W may be 0; "temporal" does not look at them.
-        layout: of the frames, whose P may be larger than its own; with 1 stream positions see those up to themselves, with 2 whole frames.
+        layout: of the frames, whose P may be larger than its own.
         window: frames that "window" sees, the own one included.
+        passes: in which positions are told; without, they are one after another.
 
     Returns:
         [S, F, P, heads, D]
     """
-    if kind == "spatial":
-        return _spatial(frames, words, layout)
     if kind == "temporal":
         return _temporal(frames, layout)
-    if kind == "full" and layout.streams == 1:
+    if passes is not None:
+        words = or_nothing(words)
+    if kind == "spatial":
+        return _spatial(frames, words, layout, passes)
+    if kind == "full" and passes is None:
         return _causal(frames, words, layout)
-    return _frame_by_frame(frames, words, layout, window if kind == "window" else max(layout.lengths))
+    return _frame_by_frame(frames, words, layout, window if kind == "window" else max(layout.lengths), passes)
+
+
+def or_nothing(words: QKV) -> QKV:
+    """Where there are no words, a key of zeros: a masked position of which nothing is known yet must look at something."""
+    return words if words.k.shape[1] else QKV(*(x.new_zeros(len(x), 1, *x.shape[2:]) for x in words))
 
 
 def _causal(frames: QKV, words: QKV, layout: Layout) -> Tensor:
@@ -95,16 +141,17 @@ def _causal(frames: QKV, words: QKV, layout: Layout) -> Tensor:
     return layout.per_group(compute, *(x[0] for x in frames))[None]
 
 
-def _spatial(frames: QKV, words: QKV, layout: Layout) -> Tensor:
-    q, k, v = (x.flatten(0, 1) for x in frames)  # [S*F, P, heads, D]
-    causal = layout.streams == 1
-    if layout.words:
-        clip = layout.clip.repeat(layout.streams)
-        k, v = torch.cat([words.k[clip], k], dim=1), torch.cat([words.v[clip], v], dim=1)
-        y = attend(q, k, v, causal_tail(q.shape[1], k.shape[1], q.device) if causal else None)
+def _spatial(frames: QKV, words: QKV, layout: Layout, passes: Passes | None) -> Tensor:
+    q, k, v = frames.q.transpose(0, 1).flatten(1, 2), frames.k[0], frames.v[0]  # [F, S*P, heads, D], [F, P, heads, D]
+    if words.k.shape[1]:
+        k, v = torch.cat([words.k[layout.clip], k], dim=1), torch.cat([words.v[layout.clip], v], dim=1)
+    if passes is not None:
+        y = attend(q, k, v, passes.mask(words.k.shape[1], q.dtype))
+    elif words.k.shape[1]:
+        y = attend(q, k, v, causal_tail(q.shape[1], k.shape[1], q.device))
     else:
-        y = attend(q, k, v, causal=causal)
-    return y.unflatten(0, (layout.streams, layout.frames))
+        y = attend(q, k, v, causal=True)
+    return y.unflatten(1, (layout.streams, -1)).transpose(0, 1)
 
 
 def _temporal(frames: QKV, layout: Layout) -> Tensor:
@@ -130,26 +177,25 @@ def _temporal(frames: QKV, layout: Layout) -> Tensor:
     return torch.stack(parts)
 
 
-def _frame_by_frame(frames: QKV, words: QKV, layout: Layout, reach: int) -> Tensor:
-    causal = layout.streams == 1
-
-    def compute(group: Group, *streams: Tensor) -> Tensor:  # q, k, v of a stream, of the next: [n, T, P, heads, D]
+def _frame_by_frame(frames: QKV, words: QKV, layout: Layout, reach: int, passes: Passes | None) -> Tensor:
+    def compute(group: Group, q: Tensor, k: Tensor, v: Tensor, *numbers: Tensor) -> Tensor:  # [n, T, S*P, ...], [n, T, P, ...]
         # Taken apart once and put together per frame: the gradient of a slice would be as large as the whole clip.
-        (q, k, v), own = (x.unbind(1) for x in streams[:3]), [x.unbind(1) for x in streams[3:]]
+        queries, keys, values = (x.unbind(1) for x in (q, k, v))
         k_words, v_words = words.k[group.clips], words.v[group.clips]
-        clean, masked = [], []
+        seen = []
         for t in range(group.length):
-            before = slice(max(0, t - reach + 1), t)
-            k_before, v_before = [k_words, *k[before]], [v_words, *v[before]]
-            keys = torch.cat([*k_before, k[t]], dim=1)
-            mask = causal_tail(q[t].shape[1], keys.shape[1], keys.device) if causal else None
-            clean.append(attend(q[t], keys, torch.cat([*v_before, v[t]], dim=1), mask))
-            if not causal:
-                q_own, k_own, v_own = (x[t] for x in own)
-                masked.append(attend(q_own, torch.cat([*k_before, k_own], dim=1), torch.cat([*v_before, v_own], dim=1)))
-        y = torch.stack(clean, dim=1)
-        return y if causal else torch.stack([y, torch.stack(masked, dim=1)], dim=2)  # [n, T, (S,) P, heads, D]
+            near = slice(max(0, t - reach + 1), t + 1)
+            k_near, v_near = torch.cat([k_words, *keys[near]], dim=1), torch.cat([v_words, *values[near]], dim=1)
+            if passes is None:
+                seen.append(attend(queries[t], k_near, v_near, causal_tail(queries[t].shape[1], k_near.shape[1], k_near.device)))
+            else:  # computed again in the backward pass: masks of all frames and layers would take more room than all else
+                seen.append(checkpoint(_attend_in_passes, queries[t], k_near, v_near, numbers[0][:, t], use_reentrant=False))  # type: ignore[arg-type]
+        return torch.stack(seen, dim=1)
 
-    parts = [x[stream] for stream in range(layout.streams) for x in frames]
-    y = layout.per_group(compute, *parts)
-    return y[None] if causal else y.transpose(0, 1)
+    given = [frames.q.movedim(0, 1).flatten(1, 2), frames.k[0], frames.v[0]] + ([] if passes is None else [passes.numbers])
+    return layout.per_group(compute, *given).unflatten(1, (layout.streams, -1)).transpose(0, 1)
+
+
+def _attend_in_passes(q: Tensor, k: Tensor, v: Tensor, numbers: Tensor) -> Tensor:
+    """Of the positions of a frame, twice, to what came before and to the frame, whose passes have these numbers [n, P]."""
+    return attend(q, k, v, seen_of_frame(numbers, k.shape[1] - numbers.shape[1], q.dtype))

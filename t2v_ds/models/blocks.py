@@ -11,7 +11,7 @@ queries (Ainslie et al. 2023), rotary embeddings (Su et al. 2021) along three ax
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from t2v_ds.config import TransformerConfig
-from t2v_ds.models.attention import QKV, attend, attend_frames, attend_words
-from t2v_ds.models.cache import LayerCache
+from t2v_ds.models.attention import QKV, Passes, attend, attend_frames, attend_words
+from t2v_ds.models.cache import LayerCache, New
 from t2v_ds.models.layout import Layout
 
 ROTARY_BASE = 100.0  # of places that differ by tens, not by thousands (Heo et al. 2024, "Rotary Position Embedding for Vision Transformer")
@@ -45,9 +45,9 @@ class Context:
     turns: Tensor | None  # of the rows' queries and keys: complex64 [N, 1, D / 2]
     words: Tensor | None = None  # [B, W, width], for layers that look at them apart
     parallel: SequenceParallel | None = None
+    passes: Passes | None = None  # of all positions of the frames, where they are told in passes
     caches: list[LayerCache] | None = None
-    frame: int = 0  # with caches: the rows are of this frame, its
-    positions: slice | Tensor = field(default_factory=lambda: slice(None))  # of all clips, or each clip's own: int64 [B, n]
+    new: New | None = None  # with caches, where the rows stand
 
 
 class RMSNorm(nn.Module):
@@ -96,21 +96,20 @@ class Attention(nn.Module):
         self.key_norm = RMSNorm(head_width)
         self.out = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, context: Context, asking: Tensor | None = None) -> Tensor:
-        """[N, width] -> [N, width], or of the rows alone that are `asking`."""
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """[N, width] -> [N, width]"""
         q, k, v = self.qkv(x).unflatten(1, (sum(self.heads), -1)).split(self.heads, dim=1)  # [N, heads, D]
         q, k = self.query_norm(q), self.key_norm(k)
         if context.turns is not None:
             q, k = turn(q, context.turns), turn(k, context.turns)
-        rows = QKV((q if asking is None else q[asking]).to(v.dtype), k.to(v.dtype), v)
-        y: Tensor = self.out(self._attend(rows, context).flatten(1))
+        y: Tensor = self.out(self._attend(QKV(q.to(v.dtype), k.to(v.dtype), v), context).flatten(1))
         return y
 
     def _attend(self, rows: QKV, context: Context) -> Tensor:
         layout = context.layout
-        if context.caches is not None and layout.frames:
+        if context.caches is not None and context.new is not None:
             new = QKV(*(x.unflatten(0, (layout.clips, -1)) for x in rows))
-            return context.caches[self.layer].attend(new, context.frame, context.positions, self.causal).flatten(0, 1)
+            return context.caches[self.layer].attend(new, context.new, self.causal).flatten(0, 1)
         parts = [layout.split(x) for x in rows]
         words, frames = QKV(*(part[0] for part in parts)), QKV(*(part[1] for part in parts))
         if context.caches is not None:
@@ -121,9 +120,9 @@ class Attention(nn.Module):
     def _attend_frames(self, frames: QKV, words: QKV, context: Context) -> Tensor:
         layout, parallel = context.layout, context.parallel
         if parallel is None or self.kind == "temporal":  # places are apart there: nothing to exchange
-            return attend_frames(self.kind, frames, words, layout, self.window)
+            return attend_frames(self.kind, frames, words, layout, self.window, context.passes)
         own = QKV(*(x.chunk(parallel.size, dim=2)[parallel.rank] for x in words))
-        return parallel.attend(lambda gathered: attend_frames(self.kind, gathered, own, layout, self.window), frames)
+        return parallel.attend(lambda gathered: attend_frames(self.kind, gathered, own, layout, self.window, context.passes), frames)
 
 
 class WordAttention(nn.Module):
@@ -166,14 +165,9 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
 
-    def forward(self, x: Tensor, context: Context, asking: Tensor | None = None) -> Tensor:
-        """Rows [N, width] -> [N, width].
-
-        Args:
-            asking: int64 [M]: only these are computed, with caches; the others are no more than looked at.
-        """
-        seen = self._drop(self.attention(self.norm1(x), context, asking))
-        x = (x if asking is None else x[asking]) + seen
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """Rows [N, width] -> [N, width]."""
+        x = x + self._drop(self.attention(self.norm1(x), context))
         if self.norm_words is not None and self.word_attention is not None:
             x = x + self._drop(self.word_attention(self.norm_words(x), context))
         gate, up = self.gate_up(self.norm2(x)).chunk(2, dim=-1)

@@ -5,16 +5,28 @@
     spatial   [B, W + P]    the same with a window of one frame
     temporal  [B, P, T]     a lane for each place
 
-What is written for a frame may be written again: a masked frame's keys are replaced by those of the next pass, and at last by those
-of the finished frame.
+The keys of a frame's positions stand in the order in which they became known. Masked positions are seen by themselves alone, along
+time: there their keys stand where those of the known position will.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
-from t2v_ds.models.attention import QKV, attend, causal_tail
+from t2v_ds.models.attention import QKV, attend, causal_tail, or_nothing
+
+
+@dataclass
+class New:
+    """Where new positions stand, of which the first are `known` and the others masked."""
+
+    frame: int  # the last so far
+    positions: slice | Tensor = field(default_factory=lambda: slice(None))  # of all clips, or each clip's own: int64 [B, n]
+    done: int = 0  # how many positions of the frame are known already
+    known: int | None = None  # None: all of them
 
 
 class LayerCache:
@@ -36,36 +48,36 @@ class LayerCache:
             room = (self.reach or 2) * self.positions
             self._keys, self._values = (torch.cat([x, x.new_empty(b, room, heads, width)], dim=1) for x in (words.k, words.v))
 
-    def attend(self, new: QKV, frame: int, positions: slice | Tensor, causal: bool) -> Tensor:
-        """Keep the keys of `positions` of `frame`, the last so far, and attend to all that they may see.
+    def attend(self, new: QKV, at: New, causal: bool) -> Tensor:
+        """Keep the keys of what is known and attend to all that the new positions may see: [B, n, heads, D].
 
         Args:
-            new: [B, n, heads, D]; there may be fewer queries.
-            positions: a slice that has n of them; "temporal" also takes each clip's own, int64 [B, n].
+            new: [B, n, heads, D], of positions of the last frame so far: first those that are known, then masked ones.
+            at: where they stand.
             causal: whether each of them sees only those up to itself.
         """
         if not self._keys.numel():
-            self.set_words(QKV(*(x[:, :0] for x in new)))
+            none = QKV(*(x[:, :0] for x in new))
+            self.set_words(none if causal or self.kind == "temporal" else or_nothing(none))
         if self.kind == "temporal":
-            return self._attend_lanes(new, frame, positions)
-        assert isinstance(positions, slice)
-        if self.reach and frame - self._first >= self.reach:
-            self._shift(frame - self._first - self.reach + 1)
-        begin = self.words + (frame - self._first) * self.positions + (positions.start or 0)
-        end = begin + new.k.shape[1]
+            return self._attend_lanes(new, at)
+        if self.reach and at.frame - self._first >= self.reach:
+            self._shift(at.frame - self._first - self.reach + 1)
+        known = new.k.shape[1] if at.known is None else at.known
+        begin = self.words + (at.frame - self._first) * self.positions + at.done
+        end = begin + known
         if end > self._keys.shape[1]:
             self._grow(1)
-        self._keys[:, begin:end], self._values[:, begin:end] = new.k, new.v
-        keys, values = self._keys[:, :end], self._values[:, :end]
-        mask = causal_tail(new.q.shape[1], end, new.q.device) if causal and new.q.shape[1] > 1 else None
-        return attend(new.q, keys, values, mask)
+        self._keys[:, begin:end], self._values[:, begin:end] = new.k[:, :known], new.v[:, :known]
+        mask = causal_tail(known, end, new.q.device) if causal and known > 1 else None
+        return attend(new.q, self._keys[:, :end], self._values[:, :end], mask)
 
-    def _attend_lanes(self, new: QKV, frame: int, positions: slice | Tensor) -> Tensor:
-        if frame >= self._keys.shape[2]:
+    def _attend_lanes(self, new: QKV, at: New) -> Tensor:
+        if at.frame >= self._keys.shape[2]:
             self._grow(2)
-        clips = slice(None) if isinstance(positions, slice) else torch.arange(len(new.k), device=new.k.device)[:, None]
-        self._keys[clips, positions, frame], self._values[clips, positions, frame] = new.k, new.v
-        keys, values = (x[clips, positions, : frame + 1].flatten(0, 1) for x in (self._keys, self._values))
+        clips = slice(None) if isinstance(at.positions, slice) else torch.arange(len(new.k), device=new.k.device)[:, None]
+        self._keys[clips, at.positions, at.frame], self._values[clips, at.positions, at.frame] = new.k, new.v
+        keys, values = (x[clips, at.positions, : at.frame + 1].flatten(0, 1) for x in (self._keys, self._values))
         return attend(new.q.flatten(0, 1)[:, None], keys, values).view_as(new.q)
 
     def _shift(self, frames: int) -> None:

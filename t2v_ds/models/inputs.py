@@ -1,6 +1,6 @@
 """What the positions of frames are fed.
 
-    decoding "frame":  codes of the position (or "masked") + codes around it
+    decoding "frame":  codes of the position (or "masked") + codes around it, of those that it may see
     decoding "token":  codes of the position before        + codes in the rows above
     both:              + codes around it in the frame before + place + number of the frame + caption (+ what the last frame shows there)
 
@@ -9,7 +9,6 @@ What moves, moves little, and edges go on: convolutions over what is drawn alrea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from t2v_ds.config import TransformerConfig
+
+NEVER = 2**62  # the pass of places outside the frame
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Inputs(nn.Module):
         self.around_before = nn.Conv2d(width, width, size, bias=False) if size else None
         self.around_own = nn.Conv2d(width, width, (rows_of_own, size), bias=False) if rows_of_own else None
         self.start = nn.Parameter(torch.zeros(width)) if config.decoding == "token" else None  # before the first position of a clip
-        self.masked = nn.Parameter(torch.zeros(width)) if config.decoding == "frame" else None
+        self.unknown = nn.Parameter(torch.zeros(width)) if config.decoding == "frame" else None
         self.place = nn.Embedding(config.positions, width) if config.learned_positions else None
         self.time = nn.Embedding(config.max_frames, width) if config.learned_positions else None
         self.goal = nn.Conv2d(width, width, max(1, size), bias=False) if config.last_frame else None
@@ -65,34 +66,96 @@ class Inputs(nn.Module):
         embedded: Tensor = self.tables[0](known[..., 0])
         for slot in range(1, self.config.slots):
             embedded = embedded + self.tables[slot](known[..., slot])
-        return embedded if self.masked is None else torch.where(hidden, self.masked, embedded)
+        return embedded if self.unknown is None else torch.where(hidden, self.unknown, embedded)
 
     def forward(
-        self, streams: Sequence[Tensor], before: Tensor, opens: Tensor, caption: Tensor, where: Where, goals: Goals | None = None
-    ) -> Tensor:
+        self, current: Tensor, before: Tensor, opens: Tensor, caption: Tensor, where: Where, goals: Goals | None = None,
+        passes: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Inputs of rows of frames.
 
         Args:
-            streams: of each stream int64 [F, P, G], the frames, of which decoding "token" sees what lies before each position.
+            current: int64 [F, P, G], the frames.
             before: int64 [F, P, G], the frame before each of them.
             opens: bool [F], where there is none.
             caption: [B, width].
             where: which rows, of which clips and frames.
             goals: last frames that are given.
+            passes: int64 [F, P], for decoding "frame": in which pass each position is told.
 
         Returns:
-            [S, F, rows * side, width]
+            [S, F, rows * side, width]: of what lies before each position, or with `passes` of known and of masked positions.
         """
         standing = self.standing(before, opens, caption, where, goals)
-        return torch.stack([(self.moving(current, before, opens, where) + standing).flatten(1, 2) for current in streams])
-
-    def moving(self, current: Tensor, before: Tensor, opens: Tensor, where: Where) -> Tensor:
-        """The part of the inputs that depends on the frame itself: [F, rows, side, width]; see `forward`."""
         own = self.rows(current, where)  # [F, rows and margins, side, width]
         x = own[:, self.margin : own.shape[1] - self.margin]
-        if self.config.decoding == "token":
-            x = self._codes_before(x, current, before, opens, where)
-        return x + self.near_own(own)
+        if passes is None:
+            moving = (self._codes_before(x, current, before, opens, where) + self.near_own(own))[None]
+        else:
+            assert self.unknown is not None
+            moving = torch.stack([x, self.unknown.to(x.dtype).expand_as(x)]) + self._near_in_passes(own, passes, where)
+        return (moving + standing).flatten(2, 3)
+
+    def around(self) -> Tensor | None:
+        """The weights that `some` needs, which are the same for all positions of all frames: [width, size^2 * width]."""
+        if self.around_own is None:
+            return None
+        weight = self._weight_around().permute(1, 0, 2).flatten(1)
+        kind = weight.device.type
+        return weight.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else weight
+
+    def some(self, current: Tensor, positions: Tensor, around: Tensor | None) -> Tensor:
+        """The part of the inputs that depends on the frame itself, of some of its positions, for decoding "frame".
+
+        Args:
+            current: int64 [B, P, G], -1 where a position is masked.
+            positions: int64 [B, n]: which of them.
+            around: what `around` returns.
+
+        Returns:
+            [B, n, width]
+        """
+        own, clips = self.embed(current), torch.arange(len(current), device=current.device)[:, None]
+        x = own[clips, positions]
+        if around is None:
+            return x
+        padded = F.pad(own.to(around.dtype).unflatten(1, (self.side, self.side)), (0, 0, *[self.margin] * 4))
+        row, column = (positions // self.side)[..., None], (positions % self.side)[..., None]
+        offsets = torch.arange(self.config.neighbourhood**2, device=current.device)
+        near = padded[clips[..., None], row + offsets // self.config.neighbourhood, column + offsets % self.config.neighbourhood]
+        return x + F.linear(near.flatten(2), around)
+
+    def _weight_around(self) -> Tensor:
+        """What is added to a position by each place around it, row by row: [size^2, width out, width in]."""
+        assert self.around_own is not None
+        return self.around_own.get_parameter("weight").flatten(2).permute(2, 0, 1)
+
+    def _near_in_passes(self, own: Tensor, passes: Tensor, where: Where) -> Tensor:
+        """What known and masked positions are fed of the codes around them, each of those that it may see.
+
+        Args:
+            own: [F, rows and margins, side, width].
+            passes: int64 [F, P].
+
+        Returns:
+            [2, F, rows, side, width]; to what is in the frame and not seen, "masked" is added.
+        """
+        if self.around_own is None:
+            return torch.zeros((), device=own.device)
+        assert self.unknown is not None
+        size, margin, rows, weight = self.config.neighbourhood, self.margin, where.end - where.first, self._weight_around()
+        grid = F.pad(passes.unflatten(1, (self.side, self.side)), [margin] * 4, value=NEVER)[:, where.first : where.end + 2 * margin]
+        added = F.linear(F.pad(own, (0, 0, margin, margin)), weight.flatten(0, 1)).unflatten(-1, (size**2, -1))
+        unknown = F.linear(self.unknown, weight.flatten(0, 1)).unflatten(-1, (size**2, -1)).to(added.dtype)
+        asking = grid[:, margin : margin + rows, margin : margin + self.side]
+        near, hidden = torch.zeros((), device=own.device, dtype=added.dtype), []
+        for place, codes in enumerate(added.unbind(-2)):  # apart, as the gradient of a slice is as large as what it is cut from
+            down, right = slice(place // size, place // size + rows), slice(place % size, place % size + self.side)
+            asked = grid[:, down, right]
+            seen = torch.stack([asked <= asking, asked < asking])[..., None]  # [2, F, rows, side, 1]
+            near = near + seen.to(added.dtype) * codes[:, down, right]
+            hidden.append(((asked != NEVER)[..., None] & ~seen).to(added.dtype))
+        return near + torch.cat(hidden, dim=-1) @ unknown
 
     def standing(self, before: Tensor, opens: Tensor, caption: Tensor, where: Where, goals: Goals | None = None) -> Tensor:
         """The part of the inputs that does not depend on the frame itself: [F, rows, side, width]; see `forward`."""
@@ -106,8 +169,8 @@ class Inputs(nn.Module):
         return x
 
     def near_own(self, own: Tensor) -> Tensor:
-        """Embeddings [F, rows and margins, side, width] of the frame itself -> [F, rows, side, width]."""
-        if self.config.decoding == "token" and self.around_own is not None:
+        """What decoding "token" is fed of the rows above: embeddings [F, rows and margins, side, width] -> [F, rows, side, width]."""
+        if self.around_own is not None:
             own = own[:, : own.shape[1] - 1 - self.margin]  # the last row that a row of ours sees is the one above it
         return self._convolve(self.around_own, own)
 

@@ -3,7 +3,7 @@
     captions -> words -> caches -> for each frame, drawn -> is it the last?
       decoding "token":  for each position: logits (guided) -> temperature, top-k, top-p -> codes
       decoding "frame":  all positions masked -> some of them drawn and kept, in each of a few passes (cosine schedule of
-                         Chang et al. 2022, "MaskGIT") -> the frame's keys and values as it is
+                         Chang et al. 2022, "MaskGIT"), which computes those and what the pass before has drawn, once and for all
 
 Every clip has its own random stream, seeded by (seed, clip's number), so that what a prompt becomes does not depend
 on the prompts that happen to be drawn with it.
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from t2v_ds.config import SamplingConfig
+from t2v_ds.models.cache import New
 from t2v_ds.models.inputs import Goals, Where
 from t2v_ds.models.transformer import VideoTransformer
 
@@ -82,16 +83,26 @@ class Condition:
 class States(Protocol):
     """The transformer's states of a frame after others. `frames`: those so far, each int64 [B, P, G]."""
 
-    def masked(self, frames: list[Tensor], current: Tensor, wanted: Tensor) -> Tensor:
-        """States [B, n, width] of the positions `wanted`, int64 [B, n], of a frame with masked positions (-1) after `frames`."""
+    def in_pass(self, frames: list[Tensor], current: Tensor, known: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+        """For decoding "frame": take in what became known of a frame, and tell masked positions of it.
+
+        Args:
+            frames: those before it.
+            current: int64 [B, P, G], the frame, -1 where it is masked.
+            known: int64 [B, n]: positions that became known with the pass before, n may be 0.
+            asked: int64 [B, m]: positions that are masked, m may be 0.
+
+        Returns:
+            [B, n, width] and [B, m, width]
+        """
         ...
 
     def position(self, frames: list[Tensor], current: Tensor, position: int) -> Tensor:
-        """State [B, 1, width] that tells the codes of a position of `current`, of which what lies before it is known."""
+        """For decoding "token": state [B, 1, width] that tells a position of `current`, of which what lies before it is known."""
         ...
 
     def last(self, frames: list[Tensor]) -> Tensor:
-        """States [B, P, width] of the last of `frames`; called for each frame in order, unless its positions were drawn one by one."""
+        """For decoding "token": states [B, P, width] of the last of `frames`, where its positions were not drawn one by one."""
         ...
 
 
@@ -103,30 +114,36 @@ class CachedStates:
         self.words, self.caption = model.text_inputs(condition.text, condition.mask)
         self.caches = model.start_caches(self.words)
         self.clip = torch.arange(len(self.words), device=self.words.device)
-        self._frame = -1  # of which `_standing` is
+        self._around = model.inputs.around()
+        self._done = 0  # how many positions of the frame are known
 
     def _where(self, frame: int) -> Where:
         return Where(self.clip, torch.full_like(self.clip, frame), 0, self.model.config.side)
 
-    def _begin(self, frames: list[Tensor], current: Tensor) -> tuple[Tensor, Tensor, Where]:
-        """What inputs need to know of the frames before; what all passes of a frame share is computed in the first."""
+    def _before(self, frames: list[Tensor], current: Tensor) -> tuple[Tensor, Tensor]:
         opens = torch.full_like(self.clip, not frames, dtype=torch.bool)
-        before, where = frames[-1] if frames else current.clamp_min(0), self._where(len(frames))
-        if self._frame != len(frames):
-            self._frame = len(frames)
-            self._standing = self.model.inputs.standing(before, opens, self.caption, where, self.goals)
-        return before, opens, where
+        return frames[-1] if frames else current.clamp_min(0), opens
 
-    def _fed(self, frames: list[Tensor], current: Tensor) -> Tensor:
-        known = self._begin(frames, current)
-        return (self.model.inputs.moving(current, *known) + self._standing).flatten(1, 2)
+    def _begin(self, frames: list[Tensor], current: Tensor) -> None:
+        """Compute the part of the inputs of a frame's positions that stays the same while they are drawn."""
+        before = self._before(frames, current)
+        self._standing = self.model.inputs.standing(*before, self.caption, self._where(len(frames)), self.goals)
 
-    def masked(self, frames: list[Tensor], current: Tensor, wanted: Tensor) -> Tensor:
-        return self.model.new_states(self._fed(frames, current), self.words, self.caches, len(frames), wanted=wanted)
+    def in_pass(self, frames: list[Tensor], current: Tensor, known: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+        if not known.shape[1]:
+            self._begin(frames, current)
+            self._done = 0
+        positions, count = torch.cat([known, asked], dim=1), known.shape[1]
+        standing = self._standing.flatten(1, 2)[self.clip[:, None], positions]
+        new = New(len(frames), positions, self._done, count)
+        states = self.model.new_states(self.model.inputs.some(current, positions, self._around) + standing, self.words, self.caches, new)
+        self._done += count
+        return states[:, :count], states[:, count:]
 
     def last(self, frames: list[Tensor]) -> Tensor:
-        fed = self._fed(frames[:-1], frames[-1])
-        return self.model.new_states(fed, self.words, self.caches, len(frames) - 1)
+        before, where = self._before(frames[:-1], frames[-1]), self._where(len(frames) - 1)
+        fed = self.model.inputs(frames[-1], *before, self.caption, where, self.goals)[0]
+        return self.model.new_states(fed, self.words, self.caches, New(len(frames) - 1))
 
     def position(self, frames: list[Tensor], current: Tensor, position: int) -> Tensor:
         inputs, side = self.model.inputs, self.model.config.side
@@ -141,7 +158,8 @@ class CachedStates:
             where = replace(self._where(len(frames)), first=row, end=row + 1)
             self._row = inputs.near_own(inputs.rows(current, where)).flatten(1, 2)
         fed = self._previous + self._row[:, column : column + 1] + self._standing[:, row, column : column + 1]
-        return self.model.new_states(fed, self.words, self.caches, len(frames), position)
+        new = New(len(frames), slice(position, position + 1), position)
+        return self.model.new_states(fed, self.words, self.caches, new)
 
 
 @torch.no_grad()
@@ -220,8 +238,12 @@ class _Drawing:
     def given(self, frames: list[Tensor]) -> Tensor:
         """Take in frames that are given: whether the clip ends behind the last of them [B]."""
         ends = torch.zeros(len(self.text), dtype=torch.bool)
-        for count in range(1, len(frames) + 1):
-            ends = self._ends(self.states.last([self._double(frame) for frame in frames[:count]]))
+        for count, frame in enumerate(frames):
+            if self.model.config.decoding == "token":
+                states = self.states.last([self._double(one) for one in frames[: count + 1]])
+            else:
+                states = self._in_passes([self._double(one) for one in frames[:count]], torch.full_like(frame, -1), frame)
+            ends = self._ends(states)
         return ends
 
     def next_frame(self, frames: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -229,11 +251,8 @@ class _Drawing:
         self.scale = self._scale_of_frame(len(frames))
         doubled = [self._double(frame) for frame in frames]
         current = torch.full((len(self.text), self.model.config.positions, self.model.config.slots), -1, device=self.text.device)
-        if self.model.config.decoding == "token":
-            states = self._by_position(doubled, current.zero_())
-        else:
-            self._in_passes(doubled, current)
-            states = self.states.last([*doubled, self._double(current)])
+        one_by_one = self.model.config.decoding == "token"
+        states = self._by_position(doubled, current.zero_()) if one_by_one else self._in_passes(doubled, current)
         return current, self._ends(states)
 
     def _by_position(self, frames: list[Tensor], current: Tensor) -> Tensor:
@@ -243,23 +262,40 @@ class _Drawing:
             current[:, position : position + 1], _ = self._draw(states[-1])
         return torch.cat(states, dim=1)
 
-    def _in_passes(self, frames: list[Tensor], current: Tensor) -> None:
+    def _in_passes(self, frames: list[Tensor], current: Tensor, given: Tensor | None = None) -> Tensor:
+        """Fill in `current`, with what is drawn or `given`: states [B or 2B, P, width] of its positions as they became known."""
         positions = current.shape[1]
         order = self.draws.order(positions).to(current.device)  # [B, P]
         rows = torch.arange(len(current), device=current.device)[:, None]
-        ramp, confident = self.scale, self.config.unmask == "confident"
-        for done, upto, share in _schedule(positions, self.config.passes):
+        ramp, confident = self.scale, self.config.unmask == "confident" and given is None
+        states, known, none = [], order[:, :0], order[:, :0]
+        for done, upto, share in schedule(positions, self.config.passes):
             if self.config.guidance_schedule == "passes":
                 self.scale = 1 + (ramp - 1) * share
             chosen = order[:, done:] if confident else order[:, done:upto]  # [B, n]
-            ranks = confident and upto < positions
-            codes, sure = self._draw(self.states.masked(frames, self._double(current), self._double(chosen)), ranks)
-            if ranks:  # the ones drawn most surely come first, with noise that fades (Chang et al. 2022)
-                noise = -(-self.draws.uniform(chosen.shape[1]).clamp_min(1e-12).log()).log().to(sure.device)
-                ranked = (sure + self.config.temperature * (1 - share) * noise).argsort(dim=1, descending=True)
-                order[:, done:] = order[:, done:].gather(1, ranked)
-                chosen, codes = order[:, done:upto], codes.gather(1, ranked[..., None].expand_as(codes))[:, : upto - done]
+            asked = chosen if given is None else none
+            seen, told = self.states.in_pass(frames, self._double(current), self._double(known), self._double(asked))
+            if given is None:
+                chosen, codes = self._choose(told, order, done, upto, share)
+            else:
+                codes = given[rows, chosen]
             current[rows, chosen] = codes
+            states.append(seen)
+            known = chosen
+        seen, _ = self.states.in_pass(frames, self._double(current), self._double(known), self._double(none))
+        return torch.cat([*states, seen], dim=1)
+
+    def _choose(self, told: Tensor, order: Tensor, done: int, upto: int, share: float) -> tuple[Tensor, Tensor]:
+        """Draw the codes of a pass: positions [B, n] and codes [B, n, G]; `order` [B, P] is changed where they are the surest."""
+        positions = order.shape[1]
+        ranks = self.config.unmask == "confident" and upto < positions
+        codes, sure = self._draw(told, ranks)
+        if ranks:  # the ones drawn most surely come first, with noise that fades (Chang et al. 2022)
+            noise = -(-self.draws.uniform(positions - done).clamp_min(1e-12).log()).log().to(sure.device)
+            ranked = (sure + self.config.temperature * (1 - share) * noise).argsort(dim=1, descending=True)
+            order[:, done:] = order[:, done:].gather(1, ranked)
+            codes = codes.gather(1, ranked[..., None].expand_as(codes))[:, : upto - done]
+        return order[:, done:upto], codes
 
     def _draw(self, state: Tensor, ranks: bool = False) -> tuple[Tensor, Tensor]:
         """States [B or 2B, n, width] -> codes [B, n, G], slot after slot, and, with `ranks`, the log of their probability [B, n]."""
@@ -293,7 +329,7 @@ class _Drawing:
         return torch.cat([x, x]) if self.guided else x
 
 
-def _schedule(positions: int, passes: int) -> list[tuple[int, int, float]]:
+def schedule(positions: int, passes: int) -> list[tuple[int, int, float]]:
     """For each pass how many positions are known before and after it, and how far along it is (0 to 1; a single one: 1)."""
     passes = min(passes, positions)
     steps, done = [], 0

@@ -2,7 +2,8 @@
 
     codes [F, h, w] -> groups [F, P, G]   P positions a frame, each with G = group x group codes
     decoding "token": a position is fed what lies before it, and its state tells its codes
-    decoding "frame": frames are fed twice, as they are and with some positions masked; the state of a masked one tells its codes
+    decoding "frame": a frame is told in passes, some positions in each; all are fed twice, as they are and masked, and the state of a
+                      masked one tells its codes
     states -> codes of the position, slot after slot (`head`), and every position's vote on "is this frame the last?"
 
 `inputs` has what positions are fed, `attention` what they may look at, `blocks` the layers, `layout` how clips of different lengths
@@ -12,7 +13,7 @@ stand one behind the other: a clip of 17 frames costs 17 frames.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,8 +22,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from t2v_ds.config import TransformerConfig
+from t2v_ds.models.attention import Passes
 from t2v_ds.models.blocks import Block, Context, RMSNorm, SequenceParallel, rotary_turns
-from t2v_ds.models.cache import LayerCache
+from t2v_ds.models.cache import LayerCache, New
 from t2v_ds.models.head import GroupHead
 from t2v_ds.models.inputs import Goals, Inputs, Where
 from t2v_ds.models.layout import Layout
@@ -73,8 +75,8 @@ class VideoTransformer(nn.Module):
         for table in (self.inputs.place, self.inputs.time):  # as loud as the codes that they are added to
             if table is not None:
                 nn.init.normal_(table.weight, std=0.3)
-        if self.inputs.masked is not None:
-            nn.init.normal_(self.inputs.masked, std=0.3)
+        if self.inputs.unknown is not None:
+            nn.init.normal_(self.inputs.unknown, std=0.3)
         for layer in (self.word, self.caption):
             nn.init.normal_(layer.weight, std=self.config.text_width**-0.5)
         for name, parameter in self.blocks.named_parameters():  # residual branches start small (Radford et al. 2019)
@@ -126,16 +128,13 @@ class VideoTransformer(nn.Module):
 
     def states(self, x: Tensor, context: Context) -> Tensor:
         """Rows [N, width], as `context.layout` has them -> states [N, width]."""
-        normed: Tensor = self.norm(self._pass(self.blocks, x, context))
-        return normed
-
-    def _pass(self, blocks: Iterable[nn.Module], x: Tensor, context: Context) -> Tensor:
-        for block in blocks:
+        for block in self.blocks:
             if self.config.activation_checkpointing and self.training:
                 x = checkpoint(block, x, context, use_reentrant=False)  # type: ignore[assignment]
             else:
                 x = block(x, context)
-        return x
+        normed: Tensor = self.norm(x)
+        return normed
 
     def turns(self, where: Where, words: int, streams: int = 1) -> Tensor | None:
         """The rotary turns of words and of rows of frames, in the order of a layout."""
@@ -158,46 +157,27 @@ class VideoTransformer(nn.Module):
         if config.conditioning == "prefix":
             layout = Layout([0] * len(words), words.shape[1], config.positions, device=words.device)
             where, rows = Where(layout.clip, layout.number, 0, config.side), words.flatten(0, 1)
-            self.states(rows, Context(layout, self.turns(where, len(rows)), None, None, caches))
+            self.states(rows, Context(layout, self.turns(where, len(rows)), caches=caches))
         return caches
 
-    def new_states(
-        self, x: Tensor, words: Tensor, caches: list[LayerCache], frame: int, position: int = 0, wanted: Tensor | None = None
-    ) -> Tensor:
-        """States of positions of `frame`, the last so far.
-
-        Args:
-            x: [B, n, width], what the positions from `position` on are fed.
-            wanted: int64 [B, m]: of which positions, counted from the first given, states are wanted, where not of all.
-
-        Returns:
-            [B, n, width], or [B, m, width] of those that are wanted.
-        """
+    def new_states(self, x: Tensor, words: Tensor, caches: list[LayerCache], new: New) -> Tensor:
+        """States of positions of the last frame so far: what they are fed [B, n, width] -> [B, n, width]."""
         b, n = x.shape[:2]
         turns = None
         if self.config.rotary:
-            at = torch.arange(position, position + n, device=x.device).repeat(b)
-            row, column = at // self.config.side, at % self.config.side
-            turns = rotary_turns(torch.full_like(row, frame), row, column, self.config.width // self.config.heads)
-        layout, positions = Layout([1] * b, 0, n, device=x.device), slice(position, position + n)
-        context = Context(layout, turns, words, None, caches, frame, positions)
-        if wanted is None:
-            return self.states(x.flatten(0, 1), context).view_as(x)
-        rows = (wanted + n * torch.arange(b, device=x.device)[:, None]).flatten()
-        # Behind the last layer in which places see each other, what is not wanted is not needed either.
-        last = next(layer for layer in reversed(range(self.config.layers)) if self.config.layer_attention(layer) != "temporal")
-        y = self._pass(self.blocks[:last], x.flatten(0, 1), context)
-        y = self.blocks[last](y, context, rows)
-        layout, turns = Layout([1] * b, 0, wanted.shape[1], device=x.device), None if turns is None else turns[rows]
-        context = Context(layout, turns, words, None, caches, frame, wanted + position)
-        normed: Tensor = self.norm(self._pass(self.blocks[last + 1 :], y, context))
-        return normed.unflatten(0, (b, -1))
+            at = new.positions
+            if isinstance(at, slice):
+                at = torch.arange(self.config.positions, device=x.device)[at].repeat(b, 1)
+            row, column = at.flatten() // self.config.side, at.flatten() % self.config.side
+            turns = rotary_turns(torch.full_like(row, new.frame), row, column, self.config.width // self.config.heads)
+        context = Context(Layout([1] * b, 0, n, device=x.device), turns, words, caches=caches, new=new)
+        return self.states(x.flatten(0, 1), context).view_as(x)
 
     # -- training --------------------------------------------------------------------------------------------------
 
     def forward(
         self, codes: Tensor, lengths: Sequence[int], text: Tensor, mask: Tensor, starts: Sequence[int] | None = None,
-        context: Tensor | None = None, masked: Tensor | None = None, last_given: Sequence[bool] | None = None,
+        context: Tensor | None = None, passes: Tensor | None = None, last_given: Sequence[bool] | None = None,
     ) -> Losses:  # fmt: skip
         """Loss of clips.
 
@@ -208,49 +188,39 @@ class VideoTransformer(nn.Module):
             starts: number in its clip of the first frame given; -1: the clip is whole. None: all are whole.
                 A part of a clip is drawn as if nothing came before it, and says nothing about where clips end.
             context: what is fed instead of `codes`, which remain what is to be told.
-            masked: bool [F, P], for decoding "frame": the positions that are to be told; at least one a clip.
+            passes: int64 [F, P], for decoding "frame": in which pass each position is told, knowing those of the passes before.
             last_given: clips whose last frame is shown.
         """
         starts = starts or [-1] * len(lengths)
         fed = codes if context is None else context
         goals = None if last_given is None else self._goals(fed, lengths, starts, last_given)
-        states, layout, own = self.clip_states(fed, lengths, text, mask, starts, masked, goals)
+        states, layout, own = self.clip_states(fed, lengths, text, mask, starts, passes, goals)
         targets = self.to_groups(codes)[:, own]  # [F, P', G]
+        told = self.head(states[-1].flatten(0, 1), targets.flatten(0, 1)).unflatten(1, targets.shape[:2])
         size = 1 if self.parallel is None else self.parallel.size
-        if masked is None:
-            told = self.head(states[-1].flatten(0, 1), targets.flatten(0, 1)).unflatten(1, targets.shape[:2])
-            counts = layout.clip_lengths * self.config.positions
-        else:
-            told = self._told(states[-1], targets, masked[:, own])
-            counts = layout.clip_sums(masked.sum(1))
-        per_clip = [layout.clip_sums(one.sum((1, 2))) * size / (counts * self.config.slots) for one in told]
+        counts = layout.clip_lengths * self.config.positions * self.config.slots
+        per_clip = [layout.clip_sums(one.sum((1, 2))) * size / counts for one in told]
         whole = torch.tensor([start < 0 for start in starts], device=codes.device)
         return Losses(per_clip[0], self._end_loss(states[0], layout) * whole, per_clip[1])
 
-    def _told(self, states: Tensor, targets: Tensor, masked: Tensor) -> Tensor:
-        """Losses of the masked positions alone, 0 elsewhere: [2, F, P', G]."""
-        rows = masked.flatten().nonzero().flatten()
-        losses = self.head(states.flatten(0, 1)[rows], targets.flatten(0, 1)[rows])
-        return losses.new_zeros(2, *targets.flatten(0, 1).shape).index_copy(1, rows, losses).unflatten(1, targets.shape[:2])
-
     def clip_states(
         self, codes: Tensor, lengths: Sequence[int], text: Tensor, mask: Tensor, starts: Sequence[int],
-        masked: Tensor | None, goals: Goals | None,
+        passes: Tensor | None, goals: Goals | None,
     ) -> tuple[Tensor, Layout, slice]:  # fmt: skip
         """States [S, F, P', width] of whole clips, their layout, and which positions of each frame this rank has; see `forward`."""
         words, caption = self.text_inputs(text, mask)
         prefix = words.shape[1] if self.config.conditioning == "prefix" else 0
         first, end = self._own_rows()
         own = slice(first * self.config.side, end * self.config.side)
-        layout = Layout(lengths, prefix, own.stop - own.start, 1 if masked is None else 2, codes.device)
+        layout = Layout(lengths, prefix, own.stop - own.start, 1 if passes is None else 2, codes.device)
         starting = torch.tensor([max(0, start) for start in starts], device=codes.device)
         where = Where(layout.clip, starting[layout.clip] + layout.number, first, end)
         groups = self.to_groups(codes)
         before = groups.roll(1, 0)  # of a clip's first frame, another's last: not looked at
-        streams = [groups] if masked is None else [groups, groups.masked_fill(masked[..., None], -1)]
-        fed = self.inputs(streams, before, layout.number == 0, caption, where, goals)
+        fed = self.inputs(groups, before, layout.number == 0, caption, where, goals, passes)
         x = layout.join(words[:, :prefix], fed)
-        context = Context(layout, self.turns(where, layout.clips * prefix, layout.streams), words, self.parallel)
+        turns = self.turns(where, layout.clips * prefix, layout.streams)
+        context = Context(layout, turns, words, self.parallel, None if passes is None else Passes(passes))
         return layout.split(self.states(x, context))[1], layout, own
 
     def _own_rows(self) -> tuple[int, int]:

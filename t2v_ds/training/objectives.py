@@ -136,11 +136,10 @@ class TransformerObjective(Objective):
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """What `variation.join` returns, with "text": [B, W, D] and "mask": [B, W] -> (loss, losses by name)."""
         losses = self.model(
-            batch["codes"], batch["lengths"], batch["text"], batch["mask"], batch["starts"], batch["context"], batch["masked"],
+            batch["codes"], batch["lengths"], batch["text"], batch["mask"], batch["starts"], batch["context"], batch["passes"],
             batch["last_given"],
         )  # fmt: skip
         codes, end, z = (one.mean() for one in losses)
-        # Of masked positions alone, with decoding "frame": what the whole clip takes is for `t2v evaluate` to measure.
         metrics = {"loss/codes": codes.detach(), "loss/end": end.detach(), "quality/bits_per_code": codes.detach() / math.log(2)}
         return codes + END_WEIGHT * end + self.config.z_loss * z, metrics
 

@@ -1,6 +1,6 @@
 """What a clip is made into for one training step of the transformer: all that is random about it.
 
-    clip -> caption kept or emptied -> whole or an excerpt -> some codes of what is fed replaced -> some positions masked
+    clip -> caption kept or emptied -> whole or an excerpt -> some codes of what is fed replaced -> the passes of its frames
 
 Everything is drawn in the loading threads from the sample's own random numbers, so that it is the same on whatever rank the sample
 is loaded, and on all ranks that share one.
@@ -18,8 +18,10 @@ from torch import Tensor
 
 from t2v_ds.config import TransformerRunConfig
 from t2v_ds.data.collate import pack_codes
+from t2v_ds.models.sampling import schedule
 
 ALIKE = 16  # codes that count as looking like one
+FEWEST_PASSES = 4  # with fewer, too many positions of a frame know nothing of each other
 
 
 @dataclass
@@ -28,7 +30,7 @@ class Sample:
 
     codes: np.ndarray  # uint16 [T, h, w]: what is to be told
     context: np.ndarray | None  # the same shape: what is fed, where that is something else
-    masked: np.ndarray | None  # bool [T, P], for decoding "frame"
+    passes: np.ndarray | None  # int64 [T, P], for decoding "frame": when each position is told
     has_caption: bool  # else it counts as one with the empty caption
     start: int  # number of the first frame of an excerpt; -1: the clip is whole
     last_given: bool | None  # None: the model cannot be given a last frame
@@ -58,9 +60,9 @@ def vary(codes: np.ndarray, rng: np.random.Generator, config: TransformerRunConf
         codes = codes[start : start + frames]
     model = config.model
     context = _fed(codes, rng, config, alike) if config.replaces_context else None
-    masked = _mask(len(codes), model.positions, rng, config.mask == "tube") if model.decoding == "frame" else None
+    passes = _passes(len(codes), model.positions, rng, config.mask == "tube") if model.decoding == "frame" else None
     last_given = bool(start < 0 and rng.random() < config.last_frame_share) if model.last_frame else None
-    return Sample(codes, context, masked, has_caption, start, last_given)
+    return Sample(codes, context, passes, has_caption, start, last_given)
 
 
 def _fed(codes: np.ndarray, rng: np.random.Generator, config: TransformerRunConfig, alike: np.ndarray | None) -> np.ndarray:
@@ -75,29 +77,29 @@ def _fed(codes: np.ndarray, rng: np.random.Generator, config: TransformerRunConf
     return np.where(wrong, others, codes)
 
 
-def _mask(frames: int, positions: int, rng: np.random.Generator, tube: bool) -> np.ndarray:
-    """Mask a share of the positions, cos(pi/2 u) of them for u uniform in [0, 1) (Chang et al. 2022), at least one: bool [T, P].
+def _passes(frames: int, positions: int, rng: np.random.Generator, tube: bool) -> np.ndarray:
+    """In which pass each position is told: int64 [T, P].
 
-    With `tube` the same ones in all frames, so that none can be copied from a frame that was masked elsewhere (Tong et al. 2022).
+    How many passes there are is drawn from 4 to one a position, evenly on a logarithmic scale, and how many positions each of them
+    tells is as it is when clips are drawn. The order is random; with `tube` the same in all frames (Tong et al. 2022).
     """
-    count = 1 if tube else frames
-    shares = np.cos(np.pi / 2 * rng.random((count, 1)))
-    ranks = rng.random((count, positions)).argsort(axis=1).argsort(axis=1)
-    masked = ranks < np.maximum(1, np.ceil(shares * positions))
-    return np.broadcast_to(masked, (frames, positions))
+    count = round(float(np.exp(rng.uniform(np.log(min(FEWEST_PASSES, positions)), np.log(positions)))))
+    sizes = [upto - done for done, upto, _ in schedule(positions, count)]
+    order = rng.random((1 if tube else frames, positions)).argsort(axis=1)
+    return np.broadcast_to(np.repeat(np.arange(len(sizes)), sizes)[order], (frames, positions))
 
 
 def join(samples: Sequence[Sample]) -> dict[str, Any]:
     """Samples -> a micro-batch.
 
     Returns:
-        "codes" int64 [F, h, w] and "lengths" as `pack_codes` has them; "context" int64 [F, h, w] or None; "masked" bool [F, P] or None;
+        "codes" int64 [F, h, w] and "lengths" as `pack_codes` has them; "context" int64 [F, h, w] or None; "passes" int64 [F, P] or None;
         "starts", "last_given" (or None): lists of B.
     """
     batch: dict[str, Any] = pack_codes([one.codes for one in samples])
-    context, masked = [one.context for one in samples], [one.masked for one in samples]
+    context, passes = [one.context for one in samples], [one.passes for one in samples]
     batch["context"] = None if context[0] is None else pack_codes(context)["codes"]  # type: ignore[arg-type]
-    batch["masked"] = None if masked[0] is None else torch.from_numpy(np.concatenate(masked))  # type: ignore[arg-type]
+    batch["passes"] = None if passes[0] is None else torch.from_numpy(np.concatenate(passes))  # type: ignore[arg-type]
     batch["starts"] = [one.start for one in samples]
     # Also where it is False for all: at ZeRO stage 3 the ranks must call the same layers.
     batch["last_given"] = None if samples[0].last_given is None else [one.last_given for one in samples]

@@ -40,7 +40,7 @@ def batches(dataset: ShardDataset, config: TransformerRunConfig, batch: int) -> 
 def losses(model: VideoTransformer, one: dict[str, Any]) -> torch.Tensor:
     """Nats a code of each clip."""
     with torch.autocast("cpu", torch.bfloat16):
-        found = model(one["codes"], one["lengths"], one["text"], one["mask"], one["starts"], one["context"], one["masked"])
+        found = model(one["codes"], one["lengths"], one["text"], one["mask"], one["starts"], one["context"], one["passes"])
     codes: torch.Tensor = found.codes
     return codes
 

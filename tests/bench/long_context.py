@@ -49,13 +49,13 @@ def measure(kind: str, arguments: argparse.Namespace) -> dict[str, float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     codes = torch.randint(0, 1024, (arguments.frames, 32, 32), device=device)
     text, mask = torch.randn(1, 16, 128, device=device), torch.ones(1, 16, dtype=torch.bool, device=device)
-    masked = torch.rand(arguments.frames, 1024, device=device) < 0.6 if arguments.decoding == "frame" else None
+    passes = torch.randint(8, (arguments.frames, 1024), device=device) if arguments.decoding == "frame" else None
     seconds, flops = [], 0.0
     for number in range(arguments.repeats + (arguments.repeats > 1)):
         start = time.perf_counter()
         with Recorder() if number == 0 else contextlib.nullcontext() as counter:
             with torch.autocast(device.type, torch.bfloat16):
-                losses = model(codes, [arguments.frames], text, mask, None, None, masked)
+                losses = model(codes, [arguments.frames], text, mask, None, None, passes)
             (losses.codes + losses.end).mean().backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -10,7 +10,7 @@ For each configuration three fresh processes, one after the other:
 Memory is the highest resident set of a process (VmHWM) less its resident set before the model is built, when a tiny model has been
 trained a step, so that libraries that are loaded at the first step are not taken for the model's. "tensors" is compared with the bytes of
 tensors that are planned, "kept" with those and the holes that are planned for a CPU. Time is the median of the steps after the first, with
-memory kept. With decoding "frame" the first step has all positions masked, as is planned for memory, the others as many as on average.
+memory kept.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def real(case: dict[str, Any], small: bool, steps: int, keep: bool) -> dict[str,
     from t2v_ds.config_loader import load_plan
     from t2v_ds.training import distributed
     from t2v_ds.training.planning.subject import transformer_batch
-    from t2v_ds.training.planning.work import MASKED, read_work
+    from t2v_ds.training.planning.work import read_work
 
     if not keep:
         distributed.keep_freed_memory = lambda: None
@@ -103,25 +103,21 @@ def real(case: dict[str, Any], small: bool, steps: int, keep: bool) -> dict[str,
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
     batch = transformer_batch(run, case["frames"])
-    batches = [batch]
-    if batch["masked"] is not None:
-        masked = torch.rand(batch["masked"].shape) < MASKED
-        batches.append({**batch, "masked": masked | (torch.arange(masked.shape[1]) == 0)})
-    times = train(run, batches, collectives, steps)
+    times = train(run, batch, collectives, steps)
     return {"memory": (resident("VmHWM") - before) / GIB, "seconds": statistics.median(times[1:]), "times": times}
 
 
-def train(run: Any, batches: Any, collectives: Any, steps: int) -> list[float]:
+def train(run: Any, batch: Any, collectives: Any, steps: int) -> list[float]:
     """Seconds of each step."""
     from t2v_ds.training.engine import Engine
     from t2v_ds.training.planning.subject import stand_in_tokenizer, transformer_objective
 
     objective = transformer_objective(run, stand_in_tokenizer(run.model.grid_size, run.model.codebook_size))
     engine = Engine(objective, run.train, 0, collectives, 100)
-    given, times = batches if isinstance(batches, list) else [batches], []
+    times = []
     for step in range(steps):
         begin = time.monotonic()
-        loss, _ = engine.forward(given[min(step, len(given) - 1)])
+        loss, _ = engine.forward(batch)
         engine.backward(loss)
         engine.step(step)
         del loss

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from t2v_ds.training.distributed import connect, finish
 from t2v_ds.training.engine import import_deepspeed
 from t2v_ds.training.sequence_parallel import Ulysses
-from tests.toy_transformer import captions, codes_of, make, some_masked
+from tests.toy_transformer import captions, codes_of, make, some_passes
 
 KINDS: dict[str, dict[str, Any]] = {
     "full": {"attention": "full"},
@@ -37,9 +37,9 @@ def main(out: Path) -> None:
         if collectives.world_size > 1:
             model.parallel = Ulysses(collectives, collectives.world_size, model.config)
         lengths, (text, mask) = [3, 2], captions(2)
-        masked = some_masked(lengths, model.config.positions) if model.config.decoding == "frame" else None
+        passes = some_passes(lengths, model.config.positions) if model.config.decoding == "frame" else None
         given = [True, False] if model.config.last_frame else None
-        losses = model(codes_of(5), lengths, text, mask, None, None, masked, given)
+        losses = model(codes_of(5), lengths, text, mask, None, None, passes, given)
         total = (losses.codes + losses.end + losses.z).mean()
         total.backward()
         values = torch.stack(losses).detach()

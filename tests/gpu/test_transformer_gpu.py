@@ -9,7 +9,7 @@ import torch
 
 from t2v_ds.config import SamplingConfig
 from t2v_ds.models.sampling import sample_codes
-from tests.toy_transformer import LONGEST, Recomputed, captions, codes_of, make, some_masked
+from tests.toy_transformer import LONGEST, Recomputed, captions, codes_of, make, some_passes
 
 pytestmark = pytest.mark.gpu
 
@@ -26,11 +26,11 @@ def test_losses_and_gradients_are_those_of_the_cpu(kind: int, decoding: str) -> 
     here, there = (make(decoding=decoding, std=0.2, **KINDS[kind]) for _ in range(2))
     there.cuda()
     lengths, (text, mask) = [3, 2, 3], captions(3)
-    masked = some_masked(lengths, here.config.positions) if decoding == "frame" else None
+    passes = some_passes(lengths, here.config.positions) if decoding == "frame" else None
     results = []
     for model in (here, there):
         device = model.no_word.device
-        mine = [None if one is None else one.to(device) for one in (codes_of(8), text, mask, masked)]
+        mine = [None if one is None else one.to(device) for one in (codes_of(8), text, mask, passes)]
         losses = model(mine[0], lengths, mine[1], mine[2], None, None, mine[3])
         torch.stack(losses).sum().backward()
         results.append((torch.stack(losses).detach().cpu(), {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}))

@@ -8,17 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from t2v_ds.models.attention import QKV, attend_frames, attend_words
+from t2v_ds.models.attention import QKV, Passes, attend_frames, attend_words
 from t2v_ds.models.layout import Layout
 
 HEADS, KV_HEADS, WIDTH, P, W = 4, 2, 6, 5, 3
 
 
-def dense_mask(kind: str, lengths: list[int], words: int, streams: int, window: int) -> Tensor:
+def dense_mask(kind: str, lengths: list[int], words: int, passes: Tensor | None, window: int) -> Tensor:
     """Who sees whom among the rows of a layout, by definition: bool [N, N], True: is seen."""
     rows: list[tuple[int, int, int, int]] = [(b, -1, w, -1) for b in range(len(lengths)) for w in range(words)]
-    for stream in range(streams):
+    for stream in range(1 if passes is None else 2):
         rows += [(b, t, p, stream) for b, length in enumerate(lengths) for t in range(length) for p in range(P)]
+    firsts = [sum(lengths[:clip]) for clip in range(len(lengths))]
     mask = torch.zeros(len(rows), len(rows), dtype=torch.bool)
     for i, (clip, t, p, stream) in enumerate(rows):
         for j, (other, u, r, other_stream) in enumerate(rows):
@@ -31,10 +32,14 @@ def dense_mask(kind: str, lengths: list[int], words: int, streams: int, window: 
             else:
                 near = t - u < {"full": 10**6, "window": window, "spatial": 1, "temporal": 10**6}[kind]
                 place = r == p if kind == "temporal" else True
-                causal = u < t or (u == t and r <= p)
-                by_frame = (u < t and other_stream == 0) or (u == t and other_stream == stream)  # the own frame of the own stream
-                time = causal if streams == 1 else by_frame
-                mask[i, j] = near and place and time
+                if passes is None:
+                    seen = u < t or (u == t and r <= p)
+                elif kind == "temporal":
+                    seen = (u < t and other_stream == 0) or i == j
+                else:
+                    asking, asked = int(passes[firsts[clip] + t, p]), int(passes[firsts[clip] + u, r])
+                    seen = other_stream == 0 and (u < t or (u == t and asked <= asking - stream))
+                mask[i, j] = near and place and seen
     return mask
 
 
@@ -45,6 +50,7 @@ def dense_mask(kind: str, lengths: list[int], words: int, streams: int, window: 
 def test_equals_dense_masked_attention(kind: str, streams: int, words: int, lengths: list[int]) -> None:
     layout = Layout(lengths, words, P, streams)
     generator = torch.Generator().manual_seed(0)
+    passes = torch.randint(3, (sum(lengths), P), generator=generator) if streams == 2 else None
     rows = len(lengths) * words + streams * sum(lengths) * P
 
     def random(heads: int) -> Tensor:
@@ -54,11 +60,14 @@ def test_equals_dense_masked_attention(kind: str, streams: int, words: int, leng
     parts = [layout.split(x) for x in inputs]
     of_words, of_frames = (QKV(*(part[side] for part in parts)) for side in (0, 1))
     seen = attend_words(of_words) if words else of_words.q
-    found = layout.join(seen, attend_frames(kind, of_frames, of_words, layout, window=2))
+    found = layout.join(seen, attend_frames(kind, of_frames, of_words, layout, 2, None if passes is None else Passes(passes)))
 
     keys, values = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (k, v))
     scores = torch.einsum("ihd,jhd->hij", q, keys) / math.sqrt(WIDTH)
-    scores = scores.masked_fill(~dense_mask(kind, lengths, words, streams, window=2), -math.inf)
+    scores = scores.masked_fill(~dense_mask(kind, lengths, words, passes, window=2), -math.inf)
+    if streams == 2 and not words and kind != "temporal":  # there is something more to look at: a key and a value of zeros
+        scores = torch.cat([scores, torch.zeros(HEADS, rows, 1, dtype=torch.float64)], dim=2)
+        values = torch.cat([values, torch.zeros(1, HEADS, WIDTH, dtype=torch.float64)])
     expected = torch.einsum("hij,jhd->ihd", scores.softmax(-1), values)
     torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
 

@@ -434,7 +434,7 @@ def test_stored_vectors_reach_training_as_an_encoder_gives_them(tmp_path: Path, 
             vectors, mask = ENCODER.encode(other.pop("captions"))
             assert torch.equal(mine.pop("text"), vectors)
             assert torch.equal(mine.pop("mask"), mask)
-            assert mine.keys() == other.keys() == {"codes", "lengths", "starts", "context", "masked", "last_given"}
+            assert mine.keys() == other.keys() == {"codes", "lengths", "starts", "context", "passes", "last_given"}
             assert torch.equal(mine.pop("codes"), other.pop("codes"))
             assert mine == other
             dropped += int((~mask.any(1)).sum())

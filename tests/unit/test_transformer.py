@@ -14,7 +14,7 @@ from t2v_ds.config import PRESETS, TransformerConfig
 from t2v_ds.config_loader import from_dict
 from t2v_ds.models.transformer import Losses, VideoTransformer
 from t2v_ds.training.optimizer import parameter_groups
-from tests.toy_transformer import LONGEST, TEXT, K, captions, codes_of, logits_of, make, some_masked, states_of
+from tests.toy_transformer import LONGEST, TEXT, K, captions, codes_of, logits_of, make, some_passes, states_of
 
 KINDS: list[dict[str, Any]] = [
     {"attention": "full"},
@@ -33,13 +33,13 @@ def variants_of(model: VideoTransformer, codes: Tensor) -> Tensor:
     return model.to_codes(groups)
 
 
-def moved_by(model: VideoTransformer, codes: Tensor, masked: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def moved_by(model: VideoTransformer, codes: Tensor, passes: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """How much a change of code j moves the logits of code i, [n, n], and the states of the frames as they are, [n, T, P]."""
     variants = variants_of(model, codes)
     count, frames = len(variants), len(codes)
     text, mask = captions(1)
-    masks = None if masked is None else masked.repeat(count, 1)
-    states, _ = states_of(model, variants.flatten(0, 1), [frames] * count, text.expand(count, -1, -1), mask.expand(count, -1), masks)
+    passes = None if passes is None else passes.repeat(count, 1)
+    states, _ = states_of(model, variants.flatten(0, 1), [frames] * count, text.expand(count, -1, -1), mask.expand(count, -1), passes)
     logits = logits_of(model, states[-1], model.to_groups(variants.flatten(0, 1)))
     logits = logits.view(count, -1, K)
     difference = (logits[1:] - logits[0]).abs().amax(-1)
@@ -64,23 +64,24 @@ def test_token_no_prediction_sees_its_own_code_or_a_later_one(kind: int, neighbo
 @pytest.mark.parametrize("group", [1, 2])
 @pytest.mark.parametrize("neighbourhood", [0, 3])
 @pytest.mark.parametrize("kind", range(len(KINDS)))
-def test_frame_masked_positions_see_frames_before_and_what_is_known_of_their_own(kind: int, neighbourhood: int, group: int) -> None:
+def test_frame_a_guess_sees_frames_before_and_what_passes_before_its_own_have_told(kind: int, neighbourhood: int, group: int) -> None:
     model = make(group, neighbourhood=neighbourhood, decoding="frame", **KINDS[kind])
-    masked = some_masked([3], model.config.positions)
-    difference, of_frames = moved_by(model, codes_of(3), masked)
+    passes = some_passes([3], model.config.positions)
+    difference, of_frames = moved_by(model, codes_of(3), passes)
     slots, per_frame = model.config.slots, len(difference) // 3
     for j in range(len(difference)):
         frame, position, slot = j // per_frame, j % per_frame // slots, j % slots
         own = difference[j].view(3, -1, slots)
         assert float(own[:frame].sum()) < 1e-4
-        rest = own[frame][torch.arange(own.shape[1]) != position]
-        hidden = bool(masked[frame, position])
-        assert (float(rest.max()) > 1e-3) != hidden, "known codes of the own frame are seen, masked ones are not"
-        assert float(own[frame, position, : slot + 1].max()) < 1e-5 or not hidden
+        later = passes[frame] > passes[frame, position]
+        assert (own[frame][later].amax(-1) > 1e-3).all(), "what is told in passes before is seen"
+        assert float(own[frame][~later & (torch.arange(len(later)) != position)].sum()) < 1e-4, "and nothing else of the frame"
+        assert float(own[frame, position, : slot + 1].max()) < 1e-5
         if frame < 2:
-            assert float(own[frame + 1].max()) > 1e-3  # masked or not: the next frame sees this one as it is
+            assert float(own[frame + 1].max()) > 1e-3  # whenever it was told: the next frame sees this one as it is
         assert float(of_frames[j, :frame].sum()) < 1e-4
-        assert float(of_frames[j, frame].max()) > 1e-3
+        known = passes[frame] >= passes[frame, position]  # by those that became known with it or later
+        assert (of_frames[j, frame] > 1e-3).tolist() == known.tolist()
 
 
 def test_a_code_is_fed_to_its_neighbourhood_alone() -> None:
@@ -121,13 +122,13 @@ def test_the_loss_of_a_clip_does_not_depend_on_those_beside_it(kind: int, decodi
     model = make(decoding=decoding, last_frame=True, **KINDS[kind])
     lengths, given = [2, 4, 1, 3], [True, False, False, True]
     codes, (text, mask) = codes_of(10), captions(4)
-    masked = some_masked(lengths, model.config.positions) if decoding == "frame" else None
+    passes = some_passes(lengths, model.config.positions) if decoding == "frame" else None
     with torch.no_grad():
-        together = torch.stack(model(codes, lengths, text, mask, None, None, masked, given))
+        together = torch.stack(model(codes, lengths, text, mask, None, None, passes, given))
         first = 0
         for b, length in enumerate(lengths):
             one, frames = slice(b, b + 1), slice(first, first + length)
-            own = None if masked is None else masked[frames]
+            own = None if passes is None else passes[frames]
             alone = model(codes[frames], [length], text[one], mask[one], None, None, own, given[one])
             torch.testing.assert_close(torch.stack(alone)[:, 0], together[:, b], atol=1e-4, rtol=1e-4)
             first += length
@@ -137,18 +138,17 @@ def test_the_loss_of_a_clip_does_not_depend_on_those_beside_it(kind: int, decodi
 def test_the_loss_is_the_mean_likelihood_of_what_is_told(decoding: str) -> None:
     model = make(decoding=decoding)
     lengths, codes, (text, mask) = [3, 2], codes_of(5), captions(2)
-    masked = some_masked(lengths, 4) if decoding == "frame" else None
-    states, _ = states_of(model, codes, lengths, text, mask, masked)
+    passes = some_passes(lengths, 4) if decoding == "frame" else None
+    states, _ = states_of(model, codes, lengths, text, mask, passes)
     groups = model.to_groups(codes)
     logits = logits_of(model, states[-1], groups)
     each = torch.nn.functional.cross_entropy(logits.flatten(0, 2), groups.flatten(), reduction="none").view(groups.shape)
-    told = torch.ones(5, 4, dtype=torch.bool) if masked is None else masked
     with torch.no_grad():
-        losses: Losses = model(codes, lengths, text, mask, None, None, masked)
+        losses: Losses = model(codes, lengths, text, mask, None, None, passes)
         votes = model.end(states[0]).squeeze(-1).double()  # [F, P]
     for b, frames in enumerate((slice(0, 3), slice(3, 5))):
-        torch.testing.assert_close(losses.codes[b], each[frames][told[frames]].mean())
-        torch.testing.assert_close(losses.z[b], logits[frames].logsumexp(-1).square()[told[frames]].mean())
+        torch.testing.assert_close(losses.codes[b], each[frames].mean())
+        torch.testing.assert_close(losses.z[b], logits[frames].logsumexp(-1).square().mean())
         probability = votes[frames].sigmoid()
         right = torch.cat([1 - probability[:-1], probability[-1:]])
         torch.testing.assert_close(losses.end[b].double(), -right.log().mean(), atol=1e-5, rtol=1e-5)
@@ -198,8 +198,8 @@ def test_it_learns_a_few_clips_by_heart(settings: dict[str, Any]) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for step in range(80):
-        masked = some_masked(lengths, 4, seed=step) if model.config.decoding == "frame" else None
-        found = model(codes, lengths, text, mask, None, None, masked)
+        passes = some_passes(lengths, 4, seed=step) if model.config.decoding == "frame" else None
+        found = model(codes, lengths, text, mask, None, None, passes)
         optimizer.zero_grad()
         (found.codes.mean() + found.end.mean()).backward()
         optimizer.step()
@@ -219,11 +219,11 @@ def test_checkpointing_and_tiles_change_nothing(saving: dict[str, Any], decoding
     other = make(dropout=0.3, decoding=decoding, attention="factorised", **saving)
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), other.parameters(), strict=True))
     lengths, codes, (text, mask) = [3, 2], codes_of(5), captions(2)
-    masked = some_masked(lengths, 4) if decoding == "frame" else None
+    passes = some_passes(lengths, 4) if decoding == "frame" else None
     results = []
     for model in (plain.train(), other.train()):
         torch.manual_seed(5)
-        loss = torch.stack(model(codes, lengths, text, mask, None, None, masked)).mean()
+        loss = torch.stack(model(codes, lengths, text, mask, None, None, passes)).mean()
         loss.backward()
         results.append((loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
     torch.testing.assert_close(results[0][0], results[1][0], atol=0 if "loss_tile" not in saving else 1e-5, rtol=0)
@@ -231,7 +231,7 @@ def test_checkpointing_and_tiles_change_nothing(saving: dict[str, Any], decoding
         assert gradient is not None
         torch.testing.assert_close(results[1][1][name], gradient, atol=1e-5, rtol=1e-4, msg=name)
     with torch.no_grad():
-        quiet = torch.stack(plain.eval()(codes, lengths, text, mask, None, None, masked)).mean()
+        quiet = torch.stack(plain.eval()(codes, lengths, text, mask, None, None, passes)).mean()
     assert float(quiet) != float(results[0][0])  # dropout was on
 
 
@@ -272,7 +272,7 @@ def test_parameter_names_and_what_decays() -> None:
 def test_switches_remove_what_they_switch_off() -> None:
     names = set(make(learned_positions=False, decoding="frame", conditioning="cross", tied_head=True, last_frame=True).state_dict())
     assert not names & {"inputs.place.weight", "inputs.time.weight", "inputs.start"}
-    assert {"inputs.masked", "inputs.goal.weight", "inputs.remaining.weight", "blocks.0.word_attention.q.weight"} <= names
+    assert {"inputs.unknown", "inputs.goal.weight", "inputs.remaining.weight", "blocks.0.word_attention.q.weight"} <= names
     tied = make(tied_head=True)
     assert tied.head.logits[0].weight is tied.inputs.tables[0].weight
     codes, (text, mask) = codes_of(3).repeat(1, 1, 1), captions(1)

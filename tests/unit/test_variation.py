@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from t2v_ds.config import TransformerConfig, TransformerRunConfig
+from t2v_ds.models.sampling import schedule
 from t2v_ds.training.variation import Sample, join, lookalikes, vary
 
 K, SIDE = 50, 4
@@ -30,7 +31,7 @@ def samples(count: int = 400, **settings: Any) -> list[Sample]:
 def test_the_same_numbers_give_the_same_sample() -> None:
     settings = config(context_noise=0.5, excerpt_share=0.5, last_frame_share=0.5)
     one, two, other = (vary(codes(), np.random.default_rng(seed), settings) for seed in (1, 1, 2))
-    assert np.array_equal(one.masked, two.masked) and np.array_equal(one.context, two.context)  # type: ignore[arg-type]
+    assert np.array_equal(one.passes, two.passes) and np.array_equal(one.context, two.context)  # type: ignore[arg-type]
     assert not np.array_equal(one.context, other.context) or one.start != other.start  # type: ignore[arg-type]
 
 
@@ -47,15 +48,20 @@ def test_captions_excerpts_and_last_frames_come_as_often_as_set() -> None:
     assert samples(1)[0].last_given is None
 
 
-def test_masks_follow_the_cosine_and_a_tube_is_the_same_in_all_frames() -> None:
+def test_passes_are_those_of_drawing_and_a_tube_is_the_same_in_all_frames() -> None:
     for mask in ("tube", "frame"):
-        masks = [one.masked for one in samples(mask=mask)]
-        assert all(m is not None and m.shape == (10, SIDE * SIDE) and m.any(1).all() for m in masks)
-        assert all(bool((m == m[0]).all()) == (mask == "tube") for m in masks if m is not None)
-        shares = np.concatenate([m.mean(1)[: 1 if mask == "tube" else None] for m in masks if m is not None])
-        assert np.mean(shares) == pytest.approx(2 / np.pi, abs=0.05)  # the mean of cos(pi/2 u), and up to 1/32 for rounding up
-        assert shares.max() == 1  # the first pass of drawing sees nothing of the frame
-    assert samples(1, decoding="token")[0].masked is None
+        found, counts = samples(mask=mask), []
+        for one in found:
+            assert one.passes is not None and one.passes.shape == (10, SIDE * SIDE)
+            counts.append(int(one.passes.max()) + 1)
+            sizes = [upto - done for done, upto, _ in schedule(SIDE * SIDE, counts[-1])]
+            assert all(np.bincount(frame).tolist() == sizes for frame in one.passes)
+            assert bool((one.passes == one.passes[0]).all()) == (mask == "tube")
+        assert (min(counts), max(counts)) == (4, SIDE * SIDE)
+        assert np.mean(np.log(counts)) == pytest.approx(np.log(8), abs=0.1)  # evenly between log(4) and log(16)
+        first = np.stack([one.passes[0] for one in found if one.passes is not None])
+        assert ((first == 0).mean(0) > 0.02).all()  # any position may be told first
+    assert samples(1, decoding="token")[0].passes is None
 
 
 def test_noise_is_fed_and_never_told() -> None:
@@ -102,8 +108,8 @@ def test_join_puts_clips_one_behind_the_other() -> None:
     batch = join(parts)
     assert batch["lengths"] == [len(one.codes) for one in parts]
     assert batch["codes"].shape == batch["context"].shape == (sum(batch["lengths"]), SIDE, SIDE)
-    assert batch["masked"].shape == (sum(batch["lengths"]), SIDE * SIDE)
+    assert batch["passes"].shape == (sum(batch["lengths"]), SIDE * SIDE)
     assert batch["starts"] == [one.start for one in parts]
     assert len(batch["last_given"]) == 3
     plain = join([vary(codes(), np.random.default_rng(0), config("token"))])
-    assert plain["context"] is None and plain["masked"] is None and plain["last_given"] is None
+    assert plain["context"] is None and plain["passes"] is None and plain["last_given"] is None

@@ -21,6 +21,7 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from t2v_ds.config import TransformerRunConfig, VQVAERunConfig
+from t2v_ds.models.cache import New
 from t2v_ds.models.transformer import VideoTransformer
 from t2v_ds.training.objectives import TransformerObjective
 from t2v_ds.training.planning.subject import (
@@ -60,14 +61,14 @@ def trace_vqvae(run: VQVAERunConfig, clips: int) -> Trace:
     return trace_step(build, lambda: vqvae_batch(run, clips), run.train.precision)
 
 
-def trace_transformer(run: TransformerRunConfig, lengths: Sequence[int], masked: float = 1.0) -> Trace:
-    """Trace a micro-batch of clips of these lengths; `masked`: share of the positions, for decoding "frame"."""
+def trace_transformer(run: TransformerRunConfig, lengths: Sequence[int]) -> Trace:
+    """Trace a micro-batch of clips of these lengths."""
     every = period(run)
     # The words' gradients of several layers are added up: how that is done, one layer does not show.
     few = (2 if run.model.conditioning == "cross" else 1) * every + run.model.layers % every
     if run.model.layers <= few + every:
-        return _trace(run, run.model.layers, lengths, masked)
-    first, second = (_trace(run, layers, lengths, masked) for layers in (few, few + every))
+        return _trace(run, run.model.layers, lengths)
+    first, second = (_trace(run, layers, lengths) for layers in (few, few + every))
     return extrapolate(first, second, (run.model.layers - few) // every)
 
 
@@ -87,7 +88,7 @@ def extrapolate(first: Trace, second: Trace, steps: int) -> Trace:
     return Trace(**values)
 
 
-def _trace(run: TransformerRunConfig, layers: int, lengths: Sequence[int], masked: float) -> Trace:
+def _trace(run: TransformerRunConfig, layers: int, lengths: Sequence[int]) -> Trace:
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, layers=layers))
     tokenizer = stand_in_tokenizer(run.model.grid_size, run.model.codebook_size)
 
@@ -98,12 +99,10 @@ def _trace(run: TransformerRunConfig, layers: int, lengths: Sequence[int], maske
         tokenizer.model.quantizer.codebook = torch.zeros(0)
         return objective
 
-    rows = max(1, round(masked * sum(lengths) * run.model.positions))
     every = period(run)
     return trace_step(
-        build, lambda: transformer_batch(run, lengths), run.train.precision, rows,
-        lambda recorder, objective: _mark(recorder, objective, every),
-    )  # fmt: skip
+        build, lambda: transformer_batch(run, lengths), run.train.precision, lambda recorder, objective: _mark(recorder, objective, every)
+    )
 
 
 def _mark(recorder: Recorder, objective: nn.Module, every: int) -> None:
@@ -151,5 +150,5 @@ def _cache_of_layers(run: TransformerRunConfig, layers: int) -> int:
         before = recorder.alive
         caches = model.start_caches(words)
         for frame in range(config.max_frames):
-            model.new_states(rows, words, caches, frame)
+            model.new_states(rows, words, caches, New(frame))
         return recorder.alive - before

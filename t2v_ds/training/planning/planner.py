@@ -19,7 +19,7 @@ from t2v_ds.training.planning.hardware import GIB, Accelerator, find, resident
 from t2v_ds.training.planning.layers import trace_cache, trace_transformer, trace_vqvae
 from t2v_ds.training.planning.timing import Timing, time_transformer, time_vqvae
 from t2v_ds.training.planning.trace import Trace
-from t2v_ds.training.planning.work import MASKED, RunConfig, Work, largest_micro_batch, mean_over_clips, read_work
+from t2v_ds.training.planning.work import RunConfig, Work, largest_micro_batch, mean_over_clips, read_work
 from t2v_ds.training.planning.zero import States, Zero, states_of
 
 TILE = 4096  # positions of a loss_tile where one is tried
@@ -128,15 +128,15 @@ class Planner:
     def _largest(self, run: RunConfig, work: Work) -> list[int]:
         return largest_micro_batch(work, run, self.config.gpus) if isinstance(run, TransformerRunConfig) else [1] * work.micro
 
-    def trace(self, run: RunConfig, lengths: list[int], masked: float = 1.0) -> Trace:
+    def trace(self, run: RunConfig, lengths: list[int]) -> Trace:
         """The trace of a micro-batch; for the VQ-VAE only the number of clips counts."""
         if isinstance(run, TransformerRunConfig):
-            described: list[Any] = [run.model, run.text, run.replaces_context, lengths, masked * (run.model.decoding == "frame")]
+            described: list[Any] = [run.model, run.text, run.replaces_context, lengths]
         else:
             described = [run.model, run.losses, run.frames_per_clip, len(lengths)]
         key = repr([run.train.precision, *described])
         if key not in self._traces:
-            trace = trace_transformer(run, lengths, masked) if isinstance(run, TransformerRunConfig) else trace_vqvae(run, len(lengths))
+            trace = trace_transformer(run, lengths) if isinstance(run, TransformerRunConfig) else trace_vqvae(run, len(lengths))
             self._traces[key] = trace
         return self._traces[key]
 
@@ -184,7 +184,7 @@ class Planner:
             return Cost(trace.flops * scale, trace.attention_flops * scale, trace.again_flops * scale, clips * run.frames_per_clip)
 
         def mean(name: str) -> float:
-            return clips * mean_over_clips(work, run, lambda length: float(getattr(self.trace(run, [length], MASKED), name)))
+            return clips * mean_over_clips(work, run, lambda length: float(getattr(self.trace(run, [length]), name)))
 
         codes = clips * mean_over_clips(work, run, lambda length: float(length)) * run.model.grid_size**2
         return Cost(mean("flops"), mean("attention_flops"), mean("again_flops"), codes)
@@ -210,7 +210,7 @@ class Planner:
             trace, timed = self.trace(run, [1] * work.micro), lambda: time_vqvae(run, work.micro, self._peak)
         else:
             lengths = [max(1, round(work.mean_frames))] * work.micro
-            trace, timed = self.trace(run, lengths, MASKED), lambda: time_transformer(run, lengths, MASKED, self._peak)
+            trace, timed = self.trace(run, lengths), lambda: time_transformer(run, lengths, self._peak)
         key = repr([run.model, run.train.precision, work.micro])
         if key not in self._timings:
             self._timings[key] = timed()

@@ -46,7 +46,7 @@ def transformer_batch(run: TransformerRunConfig, lengths: Sequence[int]) -> dict
     """A micro-batch of clips of these lengths, as `variation.join` and `run.train_transformer` make it."""
     model, clips, frames = run.model, len(lengths), sum(lengths)
     codes = torch.randint(model.codebook_size, (frames, model.grid_size, model.grid_size))
-    masked = torch.ones(frames, model.positions, dtype=torch.bool) if model.decoding == "frame" else None
+    passes = torch.zeros(frames, model.positions, dtype=torch.long) if model.decoding == "frame" else None
     return {
         "codes": codes,
         "lengths": list(lengths),
@@ -54,7 +54,7 @@ def transformer_batch(run: TransformerRunConfig, lengths: Sequence[int]) -> dict
         "mask": torch.ones(clips, run.text.tokens, dtype=torch.bool),
         "starts": [-1] * clips,
         "context": codes.clone() if run.replaces_context else None,
-        "masked": masked,
+        "passes": passes,
         "last_given": [True] * clips if model.last_frame else None,
     }
 

@@ -89,15 +89,12 @@ class _Clock:
         return at[f"out {index}"] - at[f"in {index}"] + at[f"done {index}"] - at[f"begun {index}"]
 
 
-def time_transformer(
-    run: TransformerRunConfig, lengths: Sequence[int], masked: float, peak: Callable[[TransformerRunConfig], int]
-) -> Timing:
+def time_transformer(run: TransformerRunConfig, lengths: Sequence[int], peak: Callable[[TransformerRunConfig], int]) -> Timing:
     """Time a micro-batch of clips of these lengths.
 
     Args:
         run: whose first two layers are run.
         lengths: frames of each clip.
-        masked: share of the positions that decoding "frame" is to tell.
         peak: the bytes that a run takes, asked before it is begun.
 
     Raises:
@@ -109,9 +106,6 @@ def time_transformer(
     _require_memory(peak(small), collectives.device)
     objective = transformer_objective(small, stand_in_tokenizer(run.model.grid_size, run.model.codebook_size))
     batch = transformer_batch(small, lengths)
-    if batch["masked"] is not None:
-        batch["masked"] = torch.rand(batch["masked"].shape) < masked
-        batch["masked"][:, 0] = True
     layers, rest, optimizer = _time(objective, batch, small.train, collectives)
     kinds = layers if run.model.attention == "factorised" else (statistics.fmean(layers),)
     return Timing(kinds, rest, optimizer, sum(p.numel() for p in objective.parameters()))

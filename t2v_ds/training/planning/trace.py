@@ -90,12 +90,10 @@ class Recorder(TorchDispatchMode):
 
     Attributes:
         phases: the names under which peaks are noted now.
-        rows: what `nonzero` is to find, for shapes that depend on data.
     """
 
-    def __init__(self, rows: int | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.rows = rows
         self.alive = self.gradients = 0
         self.peaks: dict[str, Peak] = {}
         self.flops = self.attention = self.again = 0.0
@@ -106,10 +104,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "prim":  # what a fake tensor is asked about itself
             return func(*args, **kwargs)
-        if func is aten.nonzero.default and self.rows is not None:
-            out = args[0].new_empty(self.rows, args[0].ndim, dtype=torch.long)
-        else:
-            out = func(*args, **kwargs)
+        out = func(*args, **kwargs)
         for one in tree_leaves(out):
             if isinstance(one, Tensor):
                 self._see(one)
@@ -177,7 +172,7 @@ def low_precision_size(objective: nn.Module, precision: str) -> int:
 
 
 def trace_step(
-    build: Callable[[], nn.Module], batch: Callable[[], dict[str, Any]], precision: str, rows: int | None = None,
+    build: Callable[[], nn.Module], batch: Callable[[], dict[str, Any]], precision: str,
     mark: Callable[[Recorder, nn.Module], None] | None = None,
 ) -> Trace:  # fmt: skip
     """Trace a micro-batch of an objective.
@@ -186,10 +181,9 @@ def trace_step(
         build: makes the objective; called with fake tensors.
         batch: makes what its forward pass is given.
         precision: "bf16" (autocast) or "fp32".
-        rows: how many positions are masked, where that is for the data to say.
         mark: sets the recorder's phases by hooks in the objective.
     """
-    recorder = Recorder(rows)
+    recorder = Recorder()
     with FakeTensorMode(), recorder:
         objective = build().train()
         parameters = [p for p in objective.parameters() if p.requires_grad]

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,8 +24,6 @@ from t2v_ds.training.loop import total_steps
 from t2v_ds.training.run import require_image_size
 
 RunConfig = TransformerRunConfig | VQVAERunConfig
-# A share cos(pi/2 u) of the positions is masked, u uniform (variation._mask): its mean.
-MASKED = 2 / math.pi
 
 
 @dataclass
