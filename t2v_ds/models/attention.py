@@ -32,6 +32,8 @@ from t2v_ds.models.layout import Group, Layout
 
 SHORT = 128 * 64  # queries times keys up to which plain products beat torch's fused kernel on the CPU (its backward: 3 to 12 times)
 
+MANY = 64  # of how many sequences the same holds for a single query (2 to 4 times)
+
 
 class QKV(NamedTuple):
     """Queries [..., heads, head width], keys and values [..., kv heads, head width] of the same positions."""
@@ -76,7 +78,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     mask = mask[:, None] if mask is not None and mask.ndim == 3 else mask
-    if q.device.type == "cpu" and q.shape[2] > 1 and q.shape[2] * k.shape[2] <= SHORT:
+    if q.device.type == "cpu" and (q.shape[2] > 1 or len(q) >= MANY) and q.shape[2] * k.shape[2] <= SHORT:
         if causal:
             mask = causal_tail(q.shape[2], k.shape[2], q.device)
         return _attend_short(q, k, v, mask).transpose(1, 2)
@@ -85,7 +87,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
 
 def _attend_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """`attend` of [n, heads, L, D], with all weights at once."""
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    if q.shape[1] != k.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask

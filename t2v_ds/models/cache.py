@@ -3,7 +3,7 @@
     full      [B, W + T*P]  words, then frame after frame; grows by doubling
     window    [B, W + n*P]  the oldest frame makes place for a new one
     spatial   [B, W + P]    the same with a window of one frame
-    temporal  [B, P, T]     a lane for each place
+    temporal  [B, P, heads, T]  a lane for each place and head
 
 The keys of a frame's positions stand in the order in which they became known. Masked positions are seen by themselves alone, along
 time: there their keys stand where those of the known position will.
@@ -43,7 +43,7 @@ class LayerCache:
         """Begin with the words' keys and values [B, W, kv heads, D]."""
         b, self.words, heads, width = words.k.shape
         if self.kind == "temporal":
-            self._keys, self._values = (x.new_empty(b, self.positions, 4, heads, width) for x in (words.k, words.v))
+            self._keys, self._values = (x.new_empty(b, self.positions, heads, 4, width) for x in (words.k, words.v))
         else:
             room = (self.reach or 2) * self.positions
             self._keys, self._values = (torch.cat([x, x.new_empty(b, room, heads, width)], dim=1) for x in (words.k, words.v))
@@ -73,11 +73,17 @@ class LayerCache:
         return attend(new.q, self._keys[:, :end], self._values[:, :end], mask)
 
     def _attend_lanes(self, new: QKV, at: New) -> Tensor:
-        if at.frame >= self._keys.shape[2]:
-            self._grow(2)
-        clips = slice(None) if isinstance(at.positions, slice) else torch.arange(len(new.k), device=new.k.device)[:, None]
-        self._keys[clips, at.positions, at.frame], self._values[clips, at.positions, at.frame] = new.k, new.v
-        keys, values = (x[clips, at.positions, : at.frame + 1].flatten(0, 1) for x in (self._keys, self._values))
+        if at.frame >= self._keys.shape[3]:
+            self._grow(3)
+        if isinstance(at.positions, slice):
+            self._keys[:, at.positions, :, at.frame], self._values[:, at.positions, :, at.frame] = new.k, new.v
+            lanes = [x[:, at.positions, :, : at.frame + 1].flatten(0, 1) for x in (self._keys, self._values)]
+        else:
+            clips = torch.arange(len(new.k), device=new.k.device)[:, None]
+            self._keys[clips, at.positions, :, at.frame], self._values[clips, at.positions, :, at.frame] = new.k, new.v
+            rows = (clips * self.positions + at.positions).flatten()
+            lanes = [x.flatten(0, 1)[:, :, : at.frame + 1].index_select(0, rows) for x in (self._keys, self._values)]
+        keys, values = (x.transpose(1, 2) for x in lanes)
         return attend(new.q.flatten(0, 1)[:, None], keys, values).view_as(new.q)
 
     def _shift(self, frames: int) -> None:
