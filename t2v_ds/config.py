@@ -439,7 +439,7 @@ class TransformerRunConfig:
     caption_dropout: float = 0.1  # share of captions replaced by the empty one, for guidance
     excerpt_share: float = 0.0  # share of samples that are a short excerpt of a clip: cheap practice in drawing and moving
     excerpt_frames: int = 4
-    mask: str = "tube"  # decoding "frame": order in which positions are told: "tube": the same in all frames of a clip; "frame": another in each
+    mask: str = "tube"  # decoding "frame": order of positions: "tube": the same in all frames of a clip; "frame": another in each
     context_noise: float = 0.0  # up to this share of the codes that the model is fed are replaced by random ones, against drift
     context_confusion: float = 0.0  # the same by codes that look alike, the mistakes of sampling; with both, a clip has one or the other
     last_frame_share: float = 0.0  # share of whole clips whose last frame is given (needs model.last_frame)
@@ -459,7 +459,7 @@ class TransformerRunConfig:
         require(self.length_buckets >= 0, "length_buckets", self.length_buckets, ">= 0")
         require(self.mask in ("tube", "frame"), "mask", self.mask, "'tube' or 'frame'")
         masks = self.model.decoding == "frame" or self.mask == "tube"
-        require(masks, "mask", self.mask, "'tube', as nothing is masked unless model.decoding=frame")
+        require(masks, "mask", self.mask, "'tube', as there are no passes unless model.decoding=frame")
         for name in ("context_noise", "context_confusion"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "0 to 1")
         allowed = "above 0, up to 1, as model.last_frame=true" if self.model.last_frame else "0, unless model.last_frame=true"

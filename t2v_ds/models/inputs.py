@@ -39,6 +39,47 @@ class Where:
     end: int  # row behind the last
 
 
+class Around(nn.Conv2d):
+    """What positions are fed of the codes around them, for decoding "frame": a convolution in which each sees what it may see."""
+
+    def __init__(self, width: int, size: int) -> None:
+        super().__init__(width, width, size, bias=False)
+        self.size = size
+
+    def flat(self) -> Tensor:
+        """The weights as a matrix, in the type that autocast asks for: [width, size^2 * width], place by place, row by row."""
+        kind = self.weight.device.type
+        weight = self.weight.flatten(2).mT.flatten(1)
+        return weight.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else weight
+
+    def forward(self, own: Tensor, passes: Tensor, where: Where, unknown: Tensor) -> Tensor:  # type: ignore[override]
+        """Known positions see those up to their pass, masked ones those of the passes before; `unknown` stands for all others.
+
+        Args:
+            own: embeddings [F, rows and margins, side, width].
+            passes: int64 [F, side, side], of whole frames.
+            where: which rows.
+            unknown: [width]
+
+        Returns:
+            [2, F, rows, side, width]
+        """
+        side, margin, rows = passes.shape[-1], self.size // 2, where.end - where.first
+        grid = F.pad(passes, [margin] * 4, value=NEVER)[:, where.first : where.end + 2 * margin]
+        places = self.weight.flatten(2).permute(2, 0, 1).flatten(0, 1)  # [size^2 * width, width]
+        added = F.linear(F.pad(own, (0, 0, margin, margin)), places).unflatten(-1, (self.size**2, -1))
+        instead = F.linear(unknown, places).unflatten(-1, (self.size**2, -1)).to(added.dtype)
+        asking = grid[:, margin : margin + rows, margin : margin + side]
+        near, hidden = torch.zeros((), device=own.device, dtype=added.dtype), []
+        for place, codes in enumerate(added.unbind(-2)):  # apart, as the gradient of a slice is as large as what it is cut from
+            down, right = slice(place // self.size, place // self.size + rows), slice(place % self.size, place % self.size + side)
+            asked = grid[:, down, right]
+            seen = torch.stack([asked <= asking, asked < asking])[..., None]  # [2, F, rows, side, 1]
+            near = near + seen.to(added.dtype) * codes[:, down, right]
+            hidden.append(((asked != NEVER)[..., None] & ~seen).to(added.dtype))
+        return near + torch.cat(hidden, dim=-1) @ instead
+
+
 class Inputs(nn.Module):
     """See the module's docstring."""
 
@@ -49,9 +90,12 @@ class Inputs(nn.Module):
         self.tables = nn.ModuleList(nn.Embedding(config.codebook_size, width) for _ in range(config.slots))
         self.margin = config.neighbourhood // 2
         size = config.neighbourhood
-        rows_of_own = size if config.decoding == "frame" else self.margin  # of the rows above alone, or of all around
         self.around_before = nn.Conv2d(width, width, size, bias=False) if size else None
-        self.around_own = nn.Conv2d(width, width, (rows_of_own, size), bias=False) if rows_of_own else None
+        self.around_own: nn.Module | None
+        if config.decoding == "frame":
+            self.around_own = Around(width, size) if size else None
+        else:  # of the rows above
+            self.around_own = nn.Conv2d(width, width, (self.margin, size), bias=False) if self.margin else None
         self.start = nn.Parameter(torch.zeros(width)) if config.decoding == "token" else None  # before the first position of a clip
         self.unknown = nn.Parameter(torch.zeros(width)) if config.decoding == "frame" else None
         self.place = nn.Embedding(config.positions, width) if config.learned_positions else None
@@ -93,16 +137,10 @@ class Inputs(nn.Module):
             moving = (self._codes_before(x, current, before, opens, where) + self.near_own(own))[None]
         else:
             assert self.unknown is not None
-            moving = torch.stack([x, self.unknown.to(x.dtype).expand_as(x)]) + self._near_in_passes(own, passes, where)
+            moving = torch.stack([x, self.unknown.to(x.dtype).expand_as(x)])
+            if self.around_own is not None:
+                moving = moving + self.around_own(own, passes.unflatten(1, (self.side, self.side)), where, self.unknown)
         return (moving + standing).flatten(2, 3)
-
-    def around(self) -> Tensor | None:
-        """The weights that `some` needs, which are the same for all positions of all frames: [width, size^2 * width]."""
-        if self.around_own is None:
-            return None
-        weight = self._weight_around().permute(1, 0, 2).flatten(1)
-        kind = weight.device.type
-        return weight.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else weight
 
     def some(self, current: Tensor, positions: Tensor, around: Tensor | None) -> Tensor:
         """The part of the inputs that depends on the frame itself, of some of its positions, for decoding "frame".
@@ -110,7 +148,7 @@ class Inputs(nn.Module):
         Args:
             current: int64 [B, P, G], -1 where a position is masked.
             positions: int64 [B, n]: which of them.
-            around: what `around` returns.
+            around: the flat weights of `around_own`, which are the same for all positions of all frames; None: without it.
 
         Returns:
             [B, n, width]
@@ -124,38 +162,6 @@ class Inputs(nn.Module):
         offsets = torch.arange(self.config.neighbourhood**2, device=current.device)
         near = padded[clips[..., None], row + offsets // self.config.neighbourhood, column + offsets % self.config.neighbourhood]
         return x + F.linear(near.flatten(2), around)
-
-    def _weight_around(self) -> Tensor:
-        """What is added to a position by each place around it, row by row: [size^2, width out, width in]."""
-        assert self.around_own is not None
-        return self.around_own.get_parameter("weight").flatten(2).permute(2, 0, 1)
-
-    def _near_in_passes(self, own: Tensor, passes: Tensor, where: Where) -> Tensor:
-        """What known and masked positions are fed of the codes around them, each of those that it may see.
-
-        Args:
-            own: [F, rows and margins, side, width].
-            passes: int64 [F, P].
-
-        Returns:
-            [2, F, rows, side, width]; to what is in the frame and not seen, "masked" is added.
-        """
-        if self.around_own is None:
-            return torch.zeros((), device=own.device)
-        assert self.unknown is not None
-        size, margin, rows, weight = self.config.neighbourhood, self.margin, where.end - where.first, self._weight_around()
-        grid = F.pad(passes.unflatten(1, (self.side, self.side)), [margin] * 4, value=NEVER)[:, where.first : where.end + 2 * margin]
-        added = F.linear(F.pad(own, (0, 0, margin, margin)), weight.flatten(0, 1)).unflatten(-1, (size**2, -1))
-        unknown = F.linear(self.unknown, weight.flatten(0, 1)).unflatten(-1, (size**2, -1)).to(added.dtype)
-        asking = grid[:, margin : margin + rows, margin : margin + self.side]
-        near, hidden = torch.zeros((), device=own.device, dtype=added.dtype), []
-        for place, codes in enumerate(added.unbind(-2)):  # apart, as the gradient of a slice is as large as what it is cut from
-            down, right = slice(place // size, place // size + rows), slice(place % size, place % size + self.side)
-            asked = grid[:, down, right]
-            seen = torch.stack([asked <= asking, asked < asking])[..., None]  # [2, F, rows, side, 1]
-            near = near + seen.to(added.dtype) * codes[:, down, right]
-            hidden.append(((asked != NEVER)[..., None] & ~seen).to(added.dtype))
-        return near + torch.cat(hidden, dim=-1) @ unknown
 
     def standing(self, before: Tensor, opens: Tensor, caption: Tensor, where: Where, goals: Goals | None = None) -> Tensor:
         """The part of the inputs that does not depend on the frame itself: [F, rows, side, width]; see `forward`."""

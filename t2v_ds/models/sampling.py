@@ -21,7 +21,7 @@ from torch import Tensor
 
 from t2v_ds.config import SamplingConfig
 from t2v_ds.models.cache import New
-from t2v_ds.models.inputs import Goals, Where
+from t2v_ds.models.inputs import Around, Goals, Where
 from t2v_ds.models.transformer import VideoTransformer
 
 COLDEST = 1e-6  # divided by less, logits would overflow
@@ -114,7 +114,8 @@ class CachedStates:
         self.words, self.caption = model.text_inputs(condition.text, condition.mask)
         self.caches = model.start_caches(self.words)
         self.clip = torch.arange(len(self.words), device=self.words.device)
-        self._around = model.inputs.around()
+        around = model.inputs.around_own
+        self._around = around.flat() if isinstance(around, Around) else None
         self._done = 0  # how many positions of the frame are known
 
     def _where(self, frame: int) -> Where:

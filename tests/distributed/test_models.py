@@ -42,7 +42,7 @@ TEXT = {"tokens": 12, "width": 16}
 MODELS = ("ema", "gradient", "transformer")
 ALWAYS = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}  # else small parameters stay whole
 STAGES = [(name, stage) for name in MODELS for stage in ("zero0", "zero1", "zero2", "zero3")]
-STAGES += [("ema", "zero3_offload"), ("gradient", "zero3_always"), ("transformer", "zero3_always")]
+STAGES += [("ema", "zero3_offload"), ("gradient", "zero3_always"), ("transformer", "zero3_always"), ("transformer_frame", "zero3_always")]
 SHARED = [("transformer_shared", "zero1"), ("transformer_shared", "zero3")]  # both ranks have the same clips, and half of their rows
 TILED = [("transformer_tiled", "zero3_always")]  # of clips of different lengths the ranks have different numbers of tiles
 
@@ -98,6 +98,8 @@ def entry(folder: Path, ranks: int, name: str, stage: str, precision: str = "fp3
             "text": TEXT,
         }
         data = {"data": str(folder / "tokens")}
+        if name == "transformer_frame":
+            model["decoding"] = "frame"
         if name == "transformer_tiled":
             model["loss_tile"] = 24
         if name == "transformer_shared":
@@ -119,7 +121,7 @@ def entry(folder: Path, ranks: int, name: str, stage: str, precision: str = "fp3
 @pytest.fixture(scope="module")
 def trained(folder: Path) -> Path:
     """All runs: one rank at stage 0, two ranks at every stage, each in fp32 and some in bf16."""
-    others = [(f"transformer_{name}", "zero0", "fp32") for name in ("url", "stored", "named")]
+    others = [(f"transformer_{name}", "zero0", "fp32") for name in ("url", "stored", "named", "frame")]
     runs = {
         1: [*((name, "zero0", precision) for name in MODELS for precision in ("fp32", "bf16")), *others],
         2: [(name, stage, "fp32") for name, stage in (*STAGES, *SHARED, *TILED)] + [(name, "zero3", "bf16") for name in MODELS],
@@ -143,7 +145,7 @@ def test_two_ranks_train_as_one(trained: Path, name: str, stage: str) -> None:
     alone, run = trained / f"1_{name}_zero0_fp32", trained / f"2_{name}_{stage}_fp32"
     weights, wanted = load_file(run / "model.safetensors"), load_file(alone / "model.safetensors")
     assert weights.keys() == wanted.keys()
-    same = STEPS if name == "transformer" else steps_of_equal_codes(run, alone)
+    same = STEPS if name.startswith("transformer") else steps_of_equal_codes(run, alone)
     assert same >= STEPS // 2
     torch.testing.assert_close(curve(run)[:same], curve(alone)[:same], rtol=LOSS_RTOL, atol=0)
     torch.testing.assert_close(curve(run), curve(alone), rtol=5e-3, atol=0)
