@@ -439,7 +439,7 @@ class TransformerRunConfig:
     caption_dropout: float = 0.1  # share of captions replaced by the empty one, for guidance
     excerpt_share: float = 0.0  # share of samples that are a short excerpt of a clip: cheap practice in drawing and moving
     excerpt_frames: int = 4
-    mask: str = "tube"  # decoding "frame": order of positions: "tube": the same in all frames of a clip; "frame": another in each
+    mask: str = "frame"  # decoding "frame": order of positions: another in each "frame", or the same in all of a clip, a "tube"
     context_noise: float = 0.0  # up to this share of the codes that the model is fed are replaced by random ones, against drift
     context_confusion: float = 0.0  # the same by codes that look alike, the mistakes of sampling; with both, a clip has one or the other
     last_frame_share: float = 0.0  # share of whole clips whose last frame is given (needs model.last_frame)
@@ -458,8 +458,8 @@ class TransformerRunConfig:
         require(0 <= self.caption_dropout < 1, "caption_dropout", self.caption_dropout, "0 to below 1")
         require(self.length_buckets >= 0, "length_buckets", self.length_buckets, ">= 0")
         require(self.mask in ("tube", "frame"), "mask", self.mask, "'tube' or 'frame'")
-        masks = self.model.decoding == "frame" or self.mask == "tube"
-        require(masks, "mask", self.mask, "'tube', as there are no passes unless model.decoding=frame")
+        masks = self.model.decoding == "frame" or self.mask == "frame"
+        require(masks, "mask", self.mask, "'frame', as there are no passes unless model.decoding=frame")
         for name in ("context_noise", "context_confusion"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "0 to 1")
         allowed = "above 0, up to 1, as model.last_frame=true" if self.model.last_frame else "0, unless model.last_frame=true"
@@ -501,7 +501,7 @@ class SamplingConfig:
     guidance: float = 1.2  # classifier-free guidance scale; 1: off
     guidance_schedule: str = "constant"  # "frames": falls to 1 at the last frame; "passes": rises from 1 within each frame
     frames: int = 0  # exact number of frames; 0: until the model ends the clip
-    passes: int = 8  # decoding "frame": forward passes a frame
+    passes: int = 8  # decoding "frame": in so many passes a frame is drawn; as many as it has positions: one by one
     unmask: str = "random"  # decoding "frame": which positions a pass keeps: "random" ones, or those of which the model is most "confident"
     loop: bool = False  # end on the first frame (of models trained with last_frame_share)
     seed: int = 0

@@ -48,27 +48,32 @@ class Passes:
 
     Args:
         numbers: int64 [F, P], 0 for the first pass.
+        before: words that "spatial" layers see; negative: there are no such layers.
+        dtype: of queries.
     """
 
-    def __init__(self, numbers: Tensor) -> None:
+    def __init__(self, numbers: Tensor, before: int = -1, dtype: torch.dtype = torch.float32) -> None:
         self.numbers = numbers
-        self._masks: dict[tuple[int, torch.dtype], Tensor] = {}
-
-    def mask(self, before: int, dtype: torch.dtype) -> Tensor:
-        """What the known and the masked positions see of `before` keys and of their frame: [F, 2P, before + P], 0 or -inf to be added.
-
-        Made once for all layers: what attention keeps for its backward pass is then one mask, not one a layer.
-        """
-        if (before, dtype) not in self._masks:
-            self._masks[before, dtype] = seen_of_frame(self.numbers, before, dtype)
-        return self._masks[before, dtype]
+        # Made once for all layers: what attention keeps for its backward pass is then one mask, not one a layer.
+        self.mask = seen_of_frame(numbers, max(1, before), dtype) if before >= 0 else None
 
 
 def seen_of_frame(numbers: Tensor, before: int, dtype: torch.dtype) -> Tensor:
-    """`Passes.mask` of frames with these numbers, int64 [F, P]."""
+    """What known and masked positions see of `before` keys and of their frame: [F, 2P, before + P], 0 or -inf to be added to scores.
+
+    Args:
+        numbers: of their passes, int64 [F, P].
+        before: how many keys all of them see.
+        dtype: of the result.
+    """
+    frames, positions = numbers.shape
+    keys = before + positions
+    # Rows begin at multiples of 8: kernels on GPUs would copy the mask, and keep the copy, where they do not.
+    mask = torch.zeros(frames, 2 * positions, -(-keys // 8) * 8, dtype=dtype, device=numbers.device)[..., :keys]
     asking, asked = numbers[:, :, None], numbers[:, None, :]
-    hidden = torch.cat([asked > asking, asked >= asking], dim=1)
-    return F.pad(torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, float("-inf")), (before, 0))
+    mask[:, :positions, before:].masked_fill_(asked > asking, float("-inf"))
+    mask[:, positions:, before:].masked_fill_(asked >= asking, float("-inf"))
+    return mask
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
@@ -78,6 +83,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     mask = mask[:, None] if mask is not None and mask.ndim == 3 else mask
+    if mask is not None and q.shape[1] != k.shape[1]:  # with a mask and grouped queries most GPUs have no fused kernel
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     if q.device.type == "cpu" and (q.shape[2] > 1 or len(q) >= MANY) and q.shape[2] * k.shape[2] <= SHORT:
         if causal:
             mask = causal_tail(q.shape[2], k.shape[2], q.device)
@@ -149,7 +156,8 @@ def _spatial(frames: QKV, words: QKV, layout: Layout, passes: Passes | None) -> 
     if words.k.shape[1]:
         k, v = torch.cat([words.k[layout.clip], k], dim=1), torch.cat([words.v[layout.clip], v], dim=1)
     if passes is not None:
-        y = attend(q, k, v, passes.mask(words.k.shape[1], q.dtype))
+        assert passes.mask is not None
+        y = attend(q, k, v, passes.mask.to(q.dtype))
     elif words.k.shape[1]:
         y = attend(q, k, v, causal_tail(q.shape[1], k.shape[1], q.device))
     else:
@@ -188,17 +196,21 @@ def _frame_by_frame(frames: QKV, words: QKV, layout: Layout, reach: int, passes:
         seen = []
         for t in range(group.length):
             near = slice(max(0, t - reach + 1), t + 1)
-            k_near, v_near = torch.cat([k_words, *keys[near]], dim=1), torch.cat([v_words, *values[near]], dim=1)
-            if passes is None:
-                seen.append(attend(queries[t], k_near, v_near, causal_tail(queries[t].shape[1], k_near.shape[1], k_near.device)))
-            else:  # computed again in the backward pass: masks of all frames and layers would take more room than all else
-                seen.append(checkpoint(_attend_in_passes, queries[t], k_near, v_near, numbers[0][:, t], use_reentrant=False))  # type: ignore[arg-type]
+            given = (queries[t], [k_words, *keys[near]], [v_words, *values[near]], None if passes is None else numbers[0][:, t])
+            # In passes computed again in the backward pass: masks of all frames and layers would take more room than all else.
+            again = passes is not None and torch.is_grad_enabled()
+            seen.append(
+                checkpoint(_attend_near, *given, use_reentrant=False, preserve_rng_state=False) if again else _attend_near(*given)  # type: ignore[arg-type]
+            )
         return torch.stack(seen, dim=1)
 
     given = [frames.q.movedim(0, 1).flatten(1, 2), frames.k[0], frames.v[0]] + ([] if passes is None else [passes.numbers])
     return layout.per_group(compute, *given).unflatten(1, (layout.streams, -1)).transpose(0, 1)
 
 
-def _attend_in_passes(q: Tensor, k: Tensor, v: Tensor, numbers: Tensor) -> Tensor:
-    """Of the positions of a frame, twice, to what came before and to the frame, whose passes have these numbers [n, P]."""
+def _attend_near(q: Tensor, keys: list[Tensor], values: list[Tensor], numbers: Tensor | None) -> Tensor:
+    """Of the positions of a frame (in passes, with `numbers` [n, P], twice) to words and to some frames, of which it is the last."""
+    k, v = torch.cat(keys, dim=1), torch.cat(values, dim=1)
+    if numbers is None:
+        return attend(q, k, v, causal_tail(q.shape[1], k.shape[1], k.device))
     return attend(q, k, v, seen_of_frame(numbers, k.shape[1] - numbers.shape[1], q.dtype))

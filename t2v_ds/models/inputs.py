@@ -39,6 +39,12 @@ class Where:
     end: int  # row behind the last
 
 
+def computed_in(weight: Tensor) -> torch.dtype:
+    """The type of what a layer with this weight computes: its own, or what autocast asks for."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
 class Around(nn.Conv2d):
     """What positions are fed of the codes around them, for decoding "frame": a convolution in which each sees what it may see."""
 
@@ -48,9 +54,7 @@ class Around(nn.Conv2d):
 
     def flat(self) -> Tensor:
         """The weights as a matrix, in the type that autocast asks for: [width, size^2 * width], place by place, row by row."""
-        kind = self.weight.device.type
-        weight = self.weight.flatten(2).mT.flatten(1)
-        return weight.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else weight
+        return self.weight.flatten(2).mT.flatten(1).to(computed_in(self.weight))
 
     def forward(self, own: Tensor, passes: Tensor, where: Where, unknown: Tensor) -> Tensor:  # type: ignore[override]
         """Known positions see those up to their pass, masked ones those of the passes before; `unknown` stands for all others.

@@ -26,7 +26,7 @@ from t2v_ds.models.attention import Passes
 from t2v_ds.models.blocks import Block, Context, RMSNorm, SequenceParallel, rotary_turns
 from t2v_ds.models.cache import LayerCache, New
 from t2v_ds.models.head import GroupHead
-from t2v_ds.models.inputs import Goals, Inputs, Where
+from t2v_ds.models.inputs import Goals, Inputs, Where, computed_in
 from t2v_ds.models.layout import Layout
 
 
@@ -220,8 +220,12 @@ class VideoTransformer(nn.Module):
         fed = self.inputs(groups, before, layout.number == 0, caption, where, goals, passes)
         x = layout.join(words[:, :prefix], fed)
         turns = self.turns(where, layout.clips * prefix, layout.streams)
-        context = Context(layout, turns, words, self.parallel, None if passes is None else Passes(passes))
+        context = Context(layout, turns, words, self.parallel, None if passes is None else self._passes(passes, prefix))
         return layout.split(self.states(x, context))[1], layout, own
+
+    def _passes(self, numbers: Tensor, words: int) -> Passes:
+        kinds = {self.config.layer_attention(layer) for layer in range(self.config.layers)}
+        return Passes(numbers, words if "spatial" in kinds else -1, computed_in(self.word.weight))
 
     def _own_rows(self) -> tuple[int, int]:
         side = self.config.side

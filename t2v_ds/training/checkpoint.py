@@ -102,6 +102,8 @@ def config_difference(saved: dict[str, Any], present: dict[str, Any]) -> tuple[s
     before, now = _flat(saved), _flat(present)
     for key in ADDED.keys() & now.keys():
         before.setdefault(key, now[key] if ADDED[key] is None else ADDED[key])
+    if now.get("model.decoding") == "token" and "mask" in before:  # earlier versions had another default, which did nothing
+        before["mask"] = now["mask"]
     for key in sorted(before.keys() | now.keys()):
         if key not in MAY_CHANGE and before.get(key) != now.get(key):
             return key, before.get(key), now.get(key)

@@ -60,7 +60,8 @@ def test_equals_dense_masked_attention(kind: str, streams: int, words: int, leng
     parts = [layout.split(x) for x in inputs]
     of_words, of_frames = (QKV(*(part[side] for part in parts)) for side in (0, 1))
     seen = attend_words(of_words) if words else of_words.q
-    found = layout.join(seen, attend_frames(kind, of_frames, of_words, layout, 2, None if passes is None else Passes(passes)))
+    made = None if passes is None else Passes(passes, words, q.dtype)
+    found = layout.join(seen, attend_frames(kind, of_frames, of_words, layout, 2, made))
 
     keys, values = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (k, v))
     scores = torch.einsum("ihd,jhd->hij", q, keys) / math.sqrt(WIDTH)

@@ -168,6 +168,9 @@ def test_settings_that_an_earlier_version_lacked_were_off() -> None:
     assert config_difference(now, before) == ("length_buckets", 0, None)
     newer = {**now, "train": {**now["train"], "compile": False, "sequence_parallel": 1}, "context_confusion": 0.0}
     assert config_difference(before, newer) is None
+    for decoding, difference in (("token", None), ("frame", ("mask", "tube", "frame"))):  # with "token" it does nothing
+        tube, frame = ({"mask": mask, "model": {"decoding": decoding}} for mask in ("tube", "frame"))
+        assert config_difference(tube, frame) == difference
     assert config_difference(before, {**newer, "context_confusion": 0.1}) == ("context_confusion", 0.0, 0.1)
 
 
