@@ -9,7 +9,7 @@ from torch import Tensor
 
 from t2v_ds.config import TransformerConfig
 from t2v_ds.models.layout import Layout
-from t2v_ds.models.sampling import Condition
+from t2v_ds.models.states import Condition
 from t2v_ds.models.transformer import VideoTransformer
 
 K, TEXT, LONGEST = 13, 5, 6
@@ -65,7 +65,7 @@ def logits_of(model: VideoTransformer, states: Tensor, groups: Tensor) -> Tensor
 
 
 class Recomputed:
-    """`sampling.States` without caches: every call computes the whole clip anew, as in training."""
+    """`states.States` without caches: every call computes the whole clip anew, as in training."""
 
     def __init__(self, model: VideoTransformer, condition: Condition) -> None:
         self.model, self.condition = model, condition

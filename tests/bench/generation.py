@@ -16,7 +16,8 @@ import torch
 
 from t2v_ds.config import PRESETS, SamplingConfig, TransformerConfig
 from t2v_ds.config_loader import from_dict
-from t2v_ds.models.sampling import CachedStates, Draws, _Drawing
+from t2v_ds.models.sampling import Draws, _Drawing
+from t2v_ds.models.states import CachedStates
 from t2v_ds.models.transformer import VideoTransformer
 
 
