@@ -109,7 +109,8 @@ def causal_tail(queries: int, keys: int, device: torch.device) -> Tensor:
 
 def attend_words(words: QKV) -> Tensor:
     """Of each word to the words up to it: [B, W, heads, D]."""
-    return attend(*words, causal=True)
+    # Copied, as what is kept for the backward pass would else be a view of the keys and values of all frames, and keep these.
+    return attend(words.q, words.k.clone(), words.v.clone(), causal=True)
 
 
 def attend_frames(kind: str, frames: QKV, words: QKV, layout: Layout, window: int, passes: Passes | None = None) -> Tensor:
