@@ -99,9 +99,9 @@ def states_of(trace: Trace, zero: Zero, ranks: int, accumulation: int, precision
         weights=share if zero.stage == 3 else FP32 * size, masters=share, moments=2 * share,
         buckets=_buckets(trace, zero, precision, on_cpu), apart=zero.contiguous,
     )  # fmt: skip
-    # The flat gradient, the root of the second moment and the step: torch's AdamW makes the last in place on a GPU alone.
+    # The flat gradient; on a GPU, where AdamW is not fused, the root of the second moment, too.
     moved = FP32 * min(max(-(-group // ranks) for group in trace.groups), zero.sub_group)
-    copies = moved * (3 if on_cpu else 2)
+    copies = moved * (1 if on_cpu else 2)
     bucket, low = min(zero.bucket, trace.low_precision or size), BF16 if precision == "bf16" else FP32
     if zero.stage == 3:
         states.gradients = share
@@ -119,14 +119,14 @@ def states_of(trace: Trace, zero: Zero, ranks: int, accumulation: int, precision
         states.stepping = share + copies
     if zero.optimizer_away:
         _move_optimizer(states, trace, zero, share, accumulation)
-        states.host_stepping = 0 if zero.on_disk else 2 * moved  # the gradient lies there already
+        states.host_stepping = 0 if zero.on_disk or on_cpu else 2 * moved  # the gradient lies there already
     return states
 
 
 def _without_partitions(trace: Trace, zero: Zero, accumulation: int, on_cpu: bool) -> States:
     size = FP32 * trace.total_parameters
     held = size * (accumulation > 1)
-    step = 2 * FP32 * trace.largest if on_cpu else size  # a temporary a parameter in turn, or of all parameters together
+    step = 0 if on_cpu else size  # a temporary of all parameters together, where AdamW is not fused
     return States(
         weights=size, moments=2 * size, gradients=held, apart=accumulation > 1,
         reducing=size + FP32 * min(zero.bucket, trace.total_parameters), stepping=size + step,
