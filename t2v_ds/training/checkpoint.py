@@ -295,6 +295,8 @@ def _load_native(engine: Engine, folder: Path) -> None:
     path, _ = engine.native.load_checkpoint(str(folder), tag=NATIVE, load_lr_scheduler_states=False)
     if path is None:
         raise CheckpointError(f"DeepSpeed finds no checkpoint in {folder / NATIVE}: {_advice(folder)}")
+    for group in engine.native.optimizer.param_groups:
+        group["fused"] = engine.fused  # the checkpoint's is of the version and the device that wrote it
 
 
 def _load_file(path: str, map_location: Any = None) -> Any:

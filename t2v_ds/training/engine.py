@@ -70,8 +70,8 @@ class Engine:
         self.group_names: list[list[str]] = [group.pop("names") for group in groups]
         self._names = {id(parameter): name for name, parameter in objective.named_parameters()}
         # Left to choose, torch goes over the parameters once an operation on the CPU, a dozen times in all.
-        self._fused = True if self.device.type == "cpu" else None
-        optimizer = torch.optim.AdamW(groups, lr=train.learning_rate, betas=(train.betas[0], train.betas[1]), fused=self._fused)
+        self.fused = True if self.device.type == "cpu" else None
+        optimizer = torch.optim.AdamW(groups, lr=train.learning_rate, betas=(train.betas[0], train.betas[1]), fused=self.fused)
         self.native = self._start(optimizer)
         self._norm: Tensor | None = None
 
@@ -152,7 +152,6 @@ class Engine:
         if last:
             for group in self.native.optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, self.train_config, self.total_steps)
-                group["fused"] = self._fused  # a checkpoint of an earlier version brings its own
             if self.stage == 0 and not self._clip_gradients():
                 self.native.zero_grad()
                 self.native.micro_steps += 1  # else DeepSpeed's accumulation would be out of step with ours
