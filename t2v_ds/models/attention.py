@@ -9,10 +9,10 @@
 
 With passes every position stands twice in training: known, and masked. Nothing looks at masked positions but they themselves, so that
 the guess of a pass depends on what is known and on nothing else, and what is known never has to be computed again: drawing a
-frame computes every position twice, however many passes there are. (Two streams: Yang et al. 2019, "XLNet"; drawn in parallel after any
-order: Li et al. 2025, "Autoregressive Image Generation with Randomized Parallel Decoding".) Frames before are seen as they
-are, as when clips are drawn: complete teacher forcing (Zhou et al. 2025, "Taming Teacher Forcing for Masked Autoregressive Video
-Generation").
+frame in random order computes every position twice, however many passes there are. (Two streams: Yang et al. 2019, "XLNet"; drawn in
+parallel after any order: Li et al. 2025, "Autoregressive Image Generation with Randomized Parallel Decoding".) Frames before are seen
+as they are, as when clips are drawn: complete teacher forcing (Zhou et al. 2025, "Taming Teacher Forcing for Masked Autoregressive
+Video Generation").
 
 Everything is a few calls of `scaled_dot_product_attention`: one for full causal attention, one for all frames within
 themselves, one for all places along time, and one a frame for windows and for whole frames. Masks are at most as large as a frame
@@ -21,6 +21,8 @@ is against what it sees. FlexAttention is not used: on the CPU it has no backwar
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -43,19 +45,13 @@ class QKV(NamedTuple):
     v: Tensor
 
 
-class Passes:
-    """In which pass each position of some frames is told, and so what is seen of a frame by its own positions.
+class Passes(NamedTuple):
+    """In which pass each position of some frames is told, and so what is seen of a frame by its own positions."""
 
-    Args:
-        numbers: int64 [F, P], 0 for the first pass.
-        before: words that "spatial" layers see; negative: there are no such layers.
-        dtype: of queries.
-    """
-
-    def __init__(self, numbers: Tensor, before: int = -1, dtype: torch.dtype = torch.float32) -> None:
-        self.numbers = numbers
-        # Made once for all layers: what attention keeps for its backward pass is then one mask, not one a layer.
-        self.mask = seen_of_frame(numbers, max(1, before), dtype) if before >= 0 else None
+    numbers: Tensor  # int64 [F, P], 0 for the first pass
+    # What `seen_of_frame` returns, for "spatial" layers, if there are any. Made once for all of them: what attention keeps
+    # for its backward pass is then one mask, not one a layer.
+    mask: Tensor | None
 
 
 def seen_of_frame(numbers: Tensor, before: int, dtype: torch.dtype) -> Tensor:
@@ -83,9 +79,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     mask = mask[:, None] if mask is not None and mask.ndim == 3 else mask
-    if mask is not None and q.shape[1] != k.shape[1]:  # with a mask and grouped queries most GPUs have no fused kernel
+    short = q.device.type == "cpu" and (q.shape[2] > 1 or len(q) >= MANY) and q.shape[2] * k.shape[2] <= SHORT
+    # Plain products know no grouped queries, and most GPUs have no fused kernel for them together with a mask.
+    if q.shape[1] != k.shape[1] and (short or mask is not None):
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    if q.device.type == "cpu" and (q.shape[2] > 1 or len(q) >= MANY) and q.shape[2] * k.shape[2] <= SHORT:
+    if short:
         if causal:
             mask = causal_tail(q.shape[2], k.shape[2], q.device)
         return _attend_short(q, k, v, mask).transpose(1, 2)
@@ -94,8 +92,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
 
 def _attend_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """`attend` of [n, heads, L, D], with all weights at once."""
-    if q.shape[1] != k.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
@@ -190,6 +186,10 @@ def _temporal(frames: QKV, layout: Layout) -> Tensor:
 
 
 def _frame_by_frame(frames: QKV, words: QKV, layout: Layout, reach: int, passes: Passes | None) -> Tensor:
+    # In passes computed again in the backward pass: masks of all frames and layers would take more room than all else.
+    again = functools.partial(checkpoint, _attend_near, use_reentrant=False, preserve_rng_state=False)
+    attend_near: Callable[..., Tensor] = _attend_near if passes is None else again
+
     def compute(group: Group, q: Tensor, k: Tensor, v: Tensor, *numbers: Tensor) -> Tensor:  # [n, T, S*P, ...], [n, T, P, ...]
         # Taken apart once and put together per frame: the gradient of a slice would be as large as the whole clip.
         queries, keys, values = (x.unbind(1) for x in (q, k, v))
@@ -197,19 +197,14 @@ def _frame_by_frame(frames: QKV, words: QKV, layout: Layout, reach: int, passes:
         seen = []
         for t in range(group.length):
             near = slice(max(0, t - reach + 1), t + 1)
-            given = (queries[t], [k_words, *keys[near]], [v_words, *values[near]], None if passes is None else numbers[0][:, t])
-            # In passes computed again in the backward pass: masks of all frames and layers would take more room than all else.
-            again = passes is not None and torch.is_grad_enabled()
-            seen.append(
-                checkpoint(_attend_near, *given, use_reentrant=False, preserve_rng_state=False) if again else _attend_near(*given)  # type: ignore[arg-type]
-            )
+            seen.append(attend_near(queries[t], [k_words, *keys[near]], [v_words, *values[near]], *(one[:, t] for one in numbers)))
         return torch.stack(seen, dim=1)
 
     given = [frames.q.movedim(0, 1).flatten(1, 2), frames.k[0], frames.v[0]] + ([] if passes is None else [passes.numbers])
     return layout.per_group(compute, *given).unflatten(1, (layout.streams, -1)).transpose(0, 1)
 
 
-def _attend_near(q: Tensor, keys: list[Tensor], values: list[Tensor], numbers: Tensor | None) -> Tensor:
+def _attend_near(q: Tensor, keys: list[Tensor], values: list[Tensor], numbers: Tensor | None = None) -> Tensor:
     """Of the positions of a frame (in passes, with `numbers` [n, P], twice) to words and to some frames, of which it is the last."""
     k, v = torch.cat(keys, dim=1), torch.cat(values, dim=1)
     if numbers is None:

@@ -22,11 +22,11 @@ from t2v_ds.models.transformer import VideoTransformer
 @torch.no_grad()
 def bits_per_code(model: VideoTransformer, codes: Tensor, lengths: Sequence[int], text: Tensor, mask: Tensor) -> Tensor:
     """Bits a code of whole clips, the mean over each clip's codes: fp64 [B]; arguments as `VideoTransformer.forward` takes them."""
-    if model.config.decoding == "token":
-        return model(codes, lengths, text, mask).codes.double() / math.log(2)  # type: ignore[no-any-return]
-    orders = [_orders(clip, model.config.positions) for clip in codes.split(list(lengths))]
-    passes = torch.cat(orders).to(codes.device)
-    return model(codes, lengths, text, mask, passes=passes).codes.double() / math.log(2)  # type: ignore[no-any-return]
+    passes = None
+    if model.config.decoding == "frame":
+        passes = torch.cat([_orders(clip, model.config.positions) for clip in codes.split(list(lengths))]).to(codes.device)
+    nats: Tensor = model(codes, lengths, text, mask, passes=passes).codes
+    return nats.double() / math.log(2)
 
 
 def _orders(codes: Tensor, positions: int) -> Tensor:

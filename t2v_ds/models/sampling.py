@@ -3,7 +3,7 @@
     captions -> states (`states`) -> for each frame, drawn -> is it the last?
       decoding "token":  for each position: logits (guided) -> temperature, top-k, top-p -> codes
       decoding "frame":  all positions masked -> some of them drawn and kept, in each of a few passes (cosine schedule of
-                         Chang et al. 2022, "MaskGIT"), which computes those and what the pass before has drawn, once and for all
+                         Chang et al. 2022, "MaskGIT"), which also takes in, once and for all, what the pass before has drawn
 
 Every clip has its own random stream, seeded by (seed, clip's number), so that what a prompt becomes does not depend
 on the prompts that happen to be drawn with it.
@@ -149,7 +149,7 @@ class _Drawing:
             if self.model.config.decoding == "token":
                 states = self.states.last([self._double(one) for one in frames[: count + 1]])
             else:
-                states = self._in_passes([self._double(one) for one in frames[:count]], torch.full_like(frame, -1), frame)
+                states = self._take_in([self._double(one) for one in frames[:count]], frame)
             ends = self._ends(states)
         return ends
 
@@ -169,26 +169,32 @@ class _Drawing:
             current[:, position : position + 1], _ = self._draw(states[-1])
         return torch.cat(states, dim=1)
 
-    def _in_passes(self, frames: list[Tensor], current: Tensor, given: Tensor | None = None) -> Tensor:
-        """Fill in `current`, with what is drawn or `given`: states [B or 2B, P, width] of its positions as they became known."""
+    def _take_in(self, frames: list[Tensor], frame: Tensor) -> Tensor:
+        """Let `frame` become known as if it was drawn: states [B or 2B, P, width] of its positions as they became known."""
+        current, states = torch.full_like(frame, -1), []
+        order = self.draws.order(frame.shape[1]).to(frame.device)  # [B, P]
+        rows = torch.arange(len(frame), device=frame.device)[:, None]
+        for done, upto, _ in schedule(frame.shape[1], self.config.passes):
+            known = order[:, done:upto]
+            current[rows, known] = frame[rows, known]
+            states.append(self.states.in_pass(frames, self._double(current), self._double(known), self._double(order[:, :0]))[0])
+        return torch.cat(states, dim=1)
+
+    def _in_passes(self, frames: list[Tensor], current: Tensor) -> Tensor:
+        """Draw all of `current`, which is masked: states [B or 2B, P, width] of its positions as they became known."""
         positions = current.shape[1]
         order = self.draws.order(positions).to(current.device)  # [B, P]
         rows = torch.arange(len(current), device=current.device)[:, None]
-        ramp, confident = self.scale, self.config.unmask == "confident" and given is None
+        ramp, confident = self.scale, self.config.unmask == "confident"
         states, known, none = [], order[:, :0], order[:, :0]
         for done, upto, share in schedule(positions, self.config.passes):
             if self.config.guidance_schedule == "passes":
                 self.scale = 1 + (ramp - 1) * share
-            chosen = order[:, done:] if confident else order[:, done:upto]  # [B, n]
-            asked = chosen if given is None else none
+            asked = order[:, done:] if confident else order[:, done:upto]  # [B, n]
             seen, told = self.states.in_pass(frames, self._double(current), self._double(known), self._double(asked))
-            if given is None:
-                chosen, codes = self._choose(told, order, done, upto, share)
-            else:
-                codes = given[rows, chosen]
-            current[rows, chosen] = codes
+            known, codes = self._choose(told, order, done, upto, share)
+            current[rows, known] = codes
             states.append(seen)
-            known = chosen
         seen, _ = self.states.in_pass(frames, self._double(current), self._double(known), self._double(none))
         return torch.cat([*states, seen], dim=1)
 

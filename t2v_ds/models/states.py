@@ -58,7 +58,7 @@ class CachedStates:
         self.clip = torch.arange(len(self.words), device=self.words.device)
         around = model.inputs.around_own
         self._around = around.flat() if isinstance(around, Around) else None
-        self._done = 0  # how many positions of the frame are known
+        self._done = model.config.positions  # how many positions of the frame are known: at first no frame is begun
 
     def _where(self, frame: int) -> Where:
         return Where(self.clip, torch.full_like(self.clip, frame), 0, self.model.config.side)
@@ -73,7 +73,7 @@ class CachedStates:
         self._standing = self.model.inputs.standing(*before, self.caption, self._where(len(frames)), self.goals)
 
     def in_pass(self, frames: list[Tensor], current: Tensor, known: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
-        if not known.shape[1]:
+        if self._done == self.model.config.positions or not known.shape[1]:
             self._begin(frames, current)
             self._done = 0
         positions, count = torch.cat([known, asked], dim=1), known.shape[1]

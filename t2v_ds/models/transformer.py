@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from t2v_ds.config import TransformerConfig
-from t2v_ds.models.attention import Passes
+from t2v_ds.models.attention import Passes, seen_of_frame
 from t2v_ds.models.blocks import Block, Context, RMSNorm, SequenceParallel, rotary_turns
 from t2v_ds.models.cache import LayerCache, New
 from t2v_ds.models.head import GroupHead
@@ -225,7 +225,8 @@ class VideoTransformer(nn.Module):
 
     def _passes(self, numbers: Tensor, words: int) -> Passes:
         kinds = {self.config.layer_attention(layer) for layer in range(self.config.layers)}
-        return Passes(numbers, words if "spatial" in kinds else -1, computed_in(self.word.weight))
+        mask = seen_of_frame(numbers, max(1, words), computed_in(self.word.weight)) if "spatial" in kinds else None
+        return Passes(numbers, mask)
 
     def _own_rows(self) -> tuple[int, int]:
         side = self.config.side

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from t2v_ds.models.attention import QKV, Passes, attend_frames, attend_words
+from t2v_ds.models.attention import QKV, Passes, attend_frames, attend_words, seen_of_frame
 from t2v_ds.models.layout import Layout
 
 HEADS, KV_HEADS, WIDTH, P, W = 4, 2, 6, 5, 3
@@ -60,7 +60,7 @@ def test_equals_dense_masked_attention(kind: str, streams: int, words: int, leng
     parts = [layout.split(x) for x in inputs]
     of_words, of_frames = (QKV(*(part[side] for part in parts)) for side in (0, 1))
     seen = attend_words(of_words) if words else of_words.q
-    made = None if passes is None else Passes(passes, words, q.dtype)
+    made = None if passes is None else Passes(passes, seen_of_frame(passes, max(1, words), q.dtype))
     found = layout.join(seen, attend_frames(kind, of_frames, of_words, layout, 2, made))
 
     keys, values = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (k, v))
