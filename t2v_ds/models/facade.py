@@ -91,17 +91,23 @@ class Tokenizer:
         self.tokenizer_id, self.device, self.batch = tokenizer_id, device, batch
         self.precision = precision
 
-    def export_beside(self, folder: Path) -> None:
-        """Write a copy into `folder`/tokenizer, in the place of what stands there or of what a killed run left of it.
-
-        Raises:
-            CheckpointError: something else stands there, such as the run that trained a tokenizer.
-        """
+    @staticmethod
+    def require_place_beside(folder: Path) -> None:
+        """Raise CheckpointError where something else stands in `folder`/tokenizer, such as the run that trained a tokenizer."""
         inner = folder / TOKENIZER_FOLDER
         ours = {name for file in (CONFIG_FILE, WEIGHTS_FILE) for name in (file, f".{file}.tmp")}
         others = sorted(path.name for path in inner.iterdir() if path.name not in ours) if inner.is_dir() else []
         if others:
             raise CheckpointError(f"{inner} would be replaced, but holds '{others[0]}': choose another output folder than {folder}")
+
+    def export_beside(self, folder: Path) -> None:
+        """Write a copy into `folder`/tokenizer, in the place of what stands there or of what a killed run left of it.
+
+        Raises:
+            CheckpointError: see `require_place_beside`.
+        """
+        self.require_place_beside(folder)
+        inner = folder / TOKENIZER_FOLDER
         made = own_name(inner)  # whole before it has its name: others may read it
         tokenizer_id = export_tokenizer(made, self.model.config, self.model.state_dict())
         try:

@@ -153,7 +153,8 @@ def train_transformer(config: TransformerRunConfig) -> dict[str, float]:
         The last logged metrics.
 
     Raises:
-        CheckpointError: the tokenizer is not the one that made the token shards (names both ids).
+        CheckpointError: the tokenizer is not the one that made the token shards (names both ids), or `config.out` has another
+            tokenizer's run where it is to be kept.
         ConfigError: nor is the text encoder, where they hold text vectors (names both ids).
         UserError: see `loop.train` and `ShardDataset`.
     """
@@ -163,6 +164,7 @@ def train_transformer(config: TransformerRunConfig) -> dict[str, float]:
     with ShardDataset(data, "tokens") as dataset:
         folder = config.tokenizer or str(_tokenizer_of(data))
         tokenizer = load_tokenizer(folder)
+        tokenizer.require_place_beside(Path(config.out))  # now, and not when the trained model is to be written
         require_same_tokenizer(dataset.manifest.tokenizer_id, f"data {config.data}", tokenizer.tokenizer_id, folder)
         text, settings_of_text = _text_encoder(config, dataset)
         config = dataclasses.replace(config, model=_fit_model(config, dataset, text.width), text=settings_of_text)
