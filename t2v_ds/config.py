@@ -200,6 +200,7 @@ class TrainConfig:
     epochs: float = 1.0  # passes over the data
     batch: int = 8  # clips an optimizer step, over all ranks
     micro_batch: int = 0  # clips a forward pass on one rank; 0: batch / ranks, with no accumulation
+    optimizer: str = "adamw"  # "adamw", or "muon" for the matrices of the transformer's layers and AdamW for the rest (ZeRO stage 0 only)
     learning_rate: float = 3e-4
     min_learning_rate: float = 0.0
     warmup_steps: int = 100
@@ -224,6 +225,7 @@ class TrainConfig:
         require(self.epochs > 0, "train.epochs", self.epochs, "> 0")
         require(self.batch >= 1, "train.batch", self.batch, ">= 1")
         require(self.micro_batch >= 0, "train.micro_batch", self.micro_batch, ">= 0")
+        require(self.optimizer in ("adamw", "muon"), "train.optimizer", self.optimizer, "'adamw' or 'muon'")
         require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "> 0")
         floor = self.min_learning_rate
         require(0 <= floor <= self.learning_rate, "train.min_learning_rate", self.min_learning_rate, "0 to learning_rate")
@@ -279,6 +281,7 @@ class VQVAERunConfig:
         require(self.chunk >= -1, "chunk", self.chunk, "a chunk's index, or -1 for all")
         require(0 <= self.held_out < 1, "held_out", self.held_out, "0 to below 1")
         require(self.frames_per_clip >= 1, "frames_per_clip", self.frames_per_clip, ">= 1")
+        require(self.train.optimizer == "adamw", "train.optimizer", self.train.optimizer, "'adamw' for the tokenizer")
 
 
 @dataclass

@@ -57,6 +57,7 @@ class Toy(Objective):
         self.tied.weight = self.body[0].weight
         self.codes = nn.Parameter(torch.randn(6, 7))
         self.dropout = nn.Dropout(dropout)
+        self.hidden_matrices = {"body.0": [6, 7], "body.3": []}
         self.register_buffer("average", torch.zeros(7))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         self.register_buffer("scratch", torch.zeros(3), persistent=False)

@@ -95,6 +95,7 @@ class Attention(nn.Module):
         self.query_norm = RMSNorm(head_width)
         self.key_norm = RMSNorm(head_width)
         self.out = nn.Linear(config.width, config.width, bias=False)
+        self.hidden_matrices = {"qkv": [heads * head_width for heads in self.heads], "out": []}
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """[N, width] -> [N, width]"""
@@ -136,6 +137,7 @@ class WordAttention(nn.Module):
         self.query_norm = RMSNorm(config.width // config.heads)
         self.key_norm = RMSNorm(config.width // config.heads)
         self.out = nn.Linear(config.width, config.width, bias=False)
+        self.hidden_matrices = {"q": [], "kv": [config.width] * 2, "out": []}
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """[N, width] -> [N, width]; every frame (or block of positions of one) asks the words of its clip."""
@@ -164,6 +166,7 @@ class Block(nn.Module):
         self.norm2 = RMSNorm(width)
         self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
+        self.hidden_matrices = {"gate_up": [hidden] * 2, "down": []}
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Rows [N, width] -> [N, width]."""

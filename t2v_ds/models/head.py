@@ -37,6 +37,8 @@ class GroupHead(nn.Module):
         self.norms = nn.ModuleList(RMSNorm(width) for _ in range(self.slots))
         self.mixers = nn.ModuleList(_mixer(width, config.head_ratio) for _ in range(self.slots))
         self.logits = nn.ModuleList(nn.Linear(width, config.codebook_size) for _ in range(self.slots))
+        layers = (0, 2) if config.head_ratio else (0,)
+        self.hidden_matrices: dict[str, list[int]] = {f"mixers.{i}.{j}": [] for i in range(self.slots) for j in layers}
         if config.tied_head:
             for table, logits in zip(tables, self.logits, strict=True):
                 logits.weight = table.weight

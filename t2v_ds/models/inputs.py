@@ -106,6 +106,8 @@ class Inputs(nn.Module):
         self.time = nn.Embedding(config.max_frames, width) if config.learned_positions else None
         self.goal = nn.Conv2d(width, width, max(1, size), bias=False) if config.last_frame else None
         self.remaining = nn.Embedding(config.max_frames, width) if config.last_frame else None  # frames until the last one
+        convolutions = ("around_before", "around_own", "goal")
+        self.hidden_matrices: dict[str, list[int]] = {name: [] for name in convolutions if getattr(self, name) is not None}
 
     def embed(self, groups: Tensor) -> Tensor:
         """Groups [..., G], -1 where a position is masked -> [..., width]."""

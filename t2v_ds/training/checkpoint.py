@@ -62,6 +62,7 @@ ADDED = {
     "length_buckets": 0,
     "tokenizer_id": None,
     "train.compile": False,
+    "train.optimizer": "adamw",
     "train.sequence_parallel": 1,
     "context_confusion": 0.0,
     "model.head_ratio": 0,

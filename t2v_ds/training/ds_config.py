@@ -25,7 +25,7 @@ VALID_KEYS = frozenset(
 )
 # Keys that would change what our own settings promise, and the setting to use instead.
 OWNED_ELSEWHERE = {
-    "optimizer": "train.learning_rate, train.betas and train.weight_decay",
+    "optimizer": "train.optimizer, train.learning_rate, train.betas and train.weight_decay",
     "scheduler": "train.schedule and train.warmup_steps",
     "fp16": "train.precision",
     "bf16": "train.precision",
@@ -81,7 +81,8 @@ def complete_ds_config(train: TrainConfig, world_size: int) -> dict[str, Any]:
     """The whole configuration for `deepspeed.initialize`: the file of `train.ds_config` plus what `train` owns.
 
     Raises:
-        ConfigError: as `resolve_ds_config` and `accumulation_steps`; a file that sets an owned key to another value.
+        ConfigError: as `resolve_ds_config` and `accumulation_steps`; a file that sets an owned key to another value, or that partitions
+            matrices which the optimizer needs whole.
     """
     data = resolve_ds_config(train.ds_config)
     micro, accumulation = accumulation_steps(train, world_size)
@@ -101,6 +102,11 @@ def complete_ds_config(train: TrainConfig, world_size: int) -> dict[str, Any]:
         if data.get(key) not in (None, {"enabled": False}):
             raise ConfigError(f"DeepSpeed file '{train.ds_config}' sets '{key}', which is not used here: remove it and use {setting}")
     zero = data.get("zero_optimization", {})
+    if train.optimizer == "muon" and zero.get("stage", 0):
+        raise ConfigError(
+            f"setting 'train.optimizer' is 'muon', which needs whole matrices, but DeepSpeed file '{train.ds_config}' partitions them "
+            f"(ZeRO stage {zero['stage']}); allowed: train.ds_config=zero0, or train.optimizer=adamw"
+        )
     if zero.get("compute_grad_norm", True) is not True:
         raise ConfigError(
             f"DeepSpeed file '{train.ds_config}' switches 'zero_optimization.compute_grad_norm' off; the guard against NaN needs it on"

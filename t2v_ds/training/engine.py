@@ -1,10 +1,10 @@
 """The one place that calls DeepSpeed: an objective + settings -> an engine whose steps are exact at every ZeRO stage.
 
-    objective (its parameters, buffers)  -> broadcast from rank 0 -> deepspeed.initialize(AdamW, ds_config)
+    objective (its parameters, buffers)  -> broadcast from rank 0 -> deepspeed.initialize(AdamW or Muon, ds_config)
     micro-batch -> forward (the whole loss) -> backward -> step (learning rate set, clipped, skipped when not finite)
 
 Parameters live in up to three places: the module (whole at stages 0 to 2, partitioned at 3), DeepSpeed's fp32 master
-copy (partitioned at stages 1 to 3) and Adam's moments. `read_parameter`, `write_rows`, `write_parameter` and
+copy (partitioned at stages 1 to 3) and the optimizer's moments. `read_parameter`, `write_rows`, `write_parameter` and
 `write_moments` keep the three together; change a parameter through them only.
 """
 
@@ -26,11 +26,12 @@ from t2v_ds.config import TrainConfig
 from t2v_ds.errors import ConfigError
 from t2v_ds.training.distributed import Collectives
 from t2v_ds.training.ds_config import complete_ds_config, zero_stage
-from t2v_ds.training.optimizer import learning_rate_at, parameter_groups
+from t2v_ds.training.optimizer import Muon, adamw, learning_rate_at, parameter_groups
 
 logger = logging.getLogger(__name__)
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
+MOMENTUM = ("momentum_buffer",)  # Muon's
 
 
 def import_deepspeed() -> Any:
@@ -64,15 +65,15 @@ class Engine:
         self.accumulation = int(self.ds_config["gradient_accumulation_steps"])
         self.objective = objective.to(self.device)
         self._broadcast_values()
-        groups = parameter_groups(objective, train.weight_decay)
+        groups = parameter_groups(objective, train.weight_decay, muon=train.optimizer == "muon")
         if not groups:
             raise ConfigError("the model has no trainable parameter")
         self.group_names: list[list[str]] = [group.pop("names") for group in groups]
+        self._hidden = {id(parameter) for group in groups if "rows" in group for parameter in group["params"]}
         self._names = {id(parameter): name for name, parameter in objective.named_parameters()}
         # Left to choose, torch goes over the parameters once an operation on the CPU, a dozen times in all.
         self.fused = True if self.device.type == "cpu" else None
-        optimizer = torch.optim.AdamW(groups, lr=train.learning_rate, betas=(train.betas[0], train.betas[1]), fused=self.fused)
-        self.native = self._start(optimizer)
+        self.native = self._start((Muon if train.optimizer == "muon" else adamw)(groups, train, self.fused))
         self._norm: Tensor | None = None
 
     def _start(self, optimizer: torch.optim.Optimizer) -> Any:
@@ -264,32 +265,37 @@ class Engine:
             moment[rows] = 0.0
         self.write_moments(parameter, moments)
 
-    # -- Adam's moments ---------------------------------------------------------------------------------------------
+    # -- the optimizer's moments ------------------------------------------------------------------------------------
 
-    def _adam(self) -> torch.optim.Optimizer:
+    def moments_of(self, parameter: Tensor) -> tuple[str, ...]:
+        """Names of what the optimizer keeps of a trainable parameter, each of its shape."""
+        return MOMENTUM if id(parameter) in self._hidden else MOMENTS
+
+    def _optimizer(self) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = self.native.optimizer
         return optimizer if self.stage == 0 else optimizer.optimizer  # type: ignore[attr-defined]
 
     def _slots(self) -> list[Tensor]:
-        """The tensors that Adam sees: parameters at stage 0, flat partitions at 1 to 3."""
+        """The tensors that the optimizer sees: parameters at stage 0, flat partitions at 1 to 3."""
         if self.stage == 3:
             return list(self.native.optimizer.fp32_partitioned_groups_flat)
         if self.stage in (1, 2):
             return list(self.native.optimizer.single_partition_of_fp32_groups)
-        return [parameter for group in self._adam().param_groups for parameter in group["params"]]
+        return [parameter for group in self._optimizer().param_groups for parameter in group["params"]]
 
     def has_moments(self) -> bool:
-        """Has Adam any state yet? It has none before the first step."""
-        state = self._adam().state
-        return any("exp_avg" in state.get(slot, {}) for slot in self._slots())
+        """Has the optimizer any state yet? It has none before the first step."""
+        state = self._optimizer().state
+        return any(self.moments_of(slot)[0] in state.get(slot, {}) for slot in self._slots())
 
     def create_moments(self, step: float) -> None:
-        """Give Adam's state of every parameter `step` steps and zero moments where it has none."""
-        state = self._adam().state
+        """Give every parameter zero moments where it has none, and AdamW `step` steps."""
+        state = self._optimizer().state
         for slot in self._slots():
-            for key in MOMENTS:
+            for key in self.moments_of(slot):
                 state[slot].setdefault(key, torch.zeros_like(slot, memory_format=torch.preserve_format).detach())
-            state[slot]["step"] = torch.tensor(float(step))
+            if id(slot) not in self._hidden:
+                state[slot]["step"] = torch.tensor(float(step))
         self._link_moments()
 
     def _link_moments(self) -> None:
@@ -301,10 +307,10 @@ class Engine:
 
     @torch.no_grad()
     def read_moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Adam's moments of a trainable parameter, whole, fp32 copies of the parameter's shape, on every rank."""
+        """The moments of a trainable parameter, whole, fp32 copies of the parameter's shape, on every rank."""
         if self.stage == 0:
-            state = self._adam().state.get(parameter, {})
-            return {key: state[key].clone() if key in state else torch.zeros_like(parameter.data) for key in MOMENTS}
+            state = self._optimizer().state.get(parameter, {})
+            return {key: state[key].clone() if key in state else torch.zeros_like(parameter.data) for key in self.moments_of(parameter)}
         from deepspeed.utils import safe_get_full_optimizer_state
 
         self._link_moments()
@@ -313,14 +319,14 @@ class Engine:
 
     @torch.no_grad()
     def write_moments(self, parameter: nn.Parameter, moments: Mapping[str, Tensor]) -> None:
-        """Set Adam's moments of a trainable parameter (each of its full shape) to rank 0's; `has_moments` must hold."""
+        """Set the moments of a trainable parameter (each of its full shape) to rank 0's; `has_moments` must hold."""
         self._link_moments()
-        for key in MOMENTS:
+        for key in self.moments_of(parameter):
             value = self.collectives.broadcast_(moments[key].detach().to(self.device, torch.float32, copy=True).contiguous())
             if self.stage > 0:
                 self._write_master(parameter, value, key)
-            elif key in self._adam().state.get(parameter, {}):
-                self._adam().state[parameter][key].copy_(value)
+            elif key in self._optimizer().state.get(parameter, {}):
+                self._optimizer().state[parameter][key].copy_(value)
 
     def _write_master(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
         from deepspeed.utils import (

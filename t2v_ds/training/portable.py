@@ -1,6 +1,6 @@
 """A checkpoint taken in by another number of ranks or ZeRO stage: DeepSpeed's files -> whole tensors -> the engine.
 
-    stage 0      one file: weights, buffers, Adam's state by parameter index
+    stage 0      one file: weights, buffers, the optimizer's state by parameter index
     stages 1, 2  weights and buffers in one file; moments: each rank has a slice of one flat vector a parameter group
     stage 3      each rank has its slice of every single parameter, flattened one after another in sub-groups
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from t2v_ds.errors import CheckpointError
-from t2v_ds.training.engine import MOMENTS, Engine
+from t2v_ds.training.engine import MOMENTS, MOMENTUM, Engine
 
 
 @dataclass
@@ -62,7 +62,7 @@ def load(engine: Engine, native: Path, state: Mapping[str, Any]) -> None:
         engine.create_moments(adam_step)
         for name, parameter in engine.objective.named_parameters():
             if parameter.requires_grad:
-                empty = {key: torch.zeros(engine.shape(parameter)) for key in MOMENTS}
+                empty = {key: torch.zeros(engine.shape(parameter)) for key in engine.moments_of(parameter)}
                 engine.write_moments(parameter, whole.moments.get(name, empty))
     engine.native.global_steps = int(state["step"])
 
@@ -103,8 +103,8 @@ def _rank_files(native: Path, world: int, kind: str) -> list[dict[str, Any]]:
 def _stage_0_moments(whole: Whole, adam: Mapping[int, Mapping[str, Tensor]], groups: Sequence[Sequence[str]]) -> None:
     names = [name for group in groups for name in group]  # the order in which torch numbers them
     for index, entry in adam.items():
-        whole.moments[names[index]] = {key: entry[key] for key in MOMENTS}
-        whole.adam_step = max(whole.adam_step, float(entry["step"]))
+        whole.moments[names[index]] = {key: entry[key] for key in (*MOMENTS, *MOMENTUM) if key in entry}
+        whole.adam_step = max(whole.adam_step, float(entry.get("step", 0)))
 
 
 def _stage_1_2_moments(whole: Whole, native: Path, world: int, shapes: Sequence[Mapping[str, Sequence[int]]]) -> None:

@@ -55,7 +55,8 @@ def plan(run: TransformerRunConfig, trace: Trace, ranks: int) -> dict[str, int]:
     """What is planned for both; on a GPU as far as reserved memory goes, on a CPU as far as Adam's temporaries go."""
     config = complete_ds_config(run.train, ranks)
     zero, accumulation = Zero.read(config), int(config["gradient_accumulation_steps"])
-    reserved, touched = (states_of(trace, zero, ranks, accumulation, run.train.precision, on_cpu) for on_cpu in (False, True))
+    settings = (ranks, accumulation, run.train.precision)
+    reserved, touched = (states_of(trace, zero, *settings, on_cpu, run.train.optimizer) for on_cpu in (False, True))
     passes = max(size for phase, size in reserved.peaks(trace).items() if phase != "optimizer step") + reserved.host
     step = touched.peaks(trace)["optimizer step"] + touched.host + touched.host_stepping
     if zero.stage == 3:  # its buckets stay

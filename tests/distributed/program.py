@@ -29,9 +29,12 @@ class Run:
     """Toy, stream and engine at one stage."""
 
     def __init__(self, collectives: Collectives, stage: str, micro: int = 0, precision: str = "fp32") -> None:
+        """`stage`: a DeepSpeed file, or "muon", which works with the first of them only."""
+        muon = stage == "muon"
         config = TrainConfig(
-            batch=8, micro_batch=micro, ds_config=stage, precision=precision, learning_rate=0.01, warmup_steps=4, weight_decay=0.1
-        )
+            batch=8, micro_batch=micro, ds_config="zero0" if muon else stage, precision=precision, learning_rate=0.01, warmup_steps=4,
+            weight_decay=0.1, optimizer="muon" if muon else "adamw",
+        )  # fmt: skip
         size, self.accumulation = accumulation_steps(config, collectives.world_size)
         self.stream = ClipStream(ToyDataset(), 8, collectives.rank, collectives.world_size, 3, threads=0, micro_batch=size)
         self.toy, self.collectives = Toy(), collectives
@@ -118,8 +121,8 @@ def main() -> None:
         run.at = int(state["step"])
         run.steps(STEPS)
         results[source] = run.result()
-    for stage in () if sources else ("zero0", "zero1", "zero2", "zero3", "zero3_offload"):
-        run = Run(collectives, stage, micro=2 if stage in ("zero0", "zero2", "zero3") else 0)
+    for stage in () if sources else ("zero0", "zero1", "zero2", "zero3", "zero3_offload", "muon"):
+        run = Run(collectives, stage, micro=2 if stage in ("zero0", "zero2", "zero3", "muon") else 0)
         run.steps(SAVE_AT)
         save_checkpoint(run.engine, out / label / stage, {"step": SAVE_AT, "stream": run.stream.state_dict(), "config": CONFIG}, keep=1)
         run.steps(STEPS)

@@ -56,6 +56,17 @@ def test_the_toy_learns(results: Results) -> None:
     assert sum(losses[10:]) < sum(losses[:10])
 
 
+def test_muon_on_two_ranks_is_muon_on_one(results: Results, folder: Path) -> None:
+    one, two = results["1"]["muon"], results["2"]["muon"]
+    torch.testing.assert_close(two["losses"], one["losses"], rtol=5e-6, atol=0)
+    expected, weights = load_file(folder / "1_muon.safetensors"), load_file(folder / "2_muon.safetensors")
+    for name, value in weights.items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=5e-6)
+    assert not torch.allclose(expected["body.3.weight"], load_file(folder / "1_zero0.safetensors")["body.3.weight"], atol=0.01)
+    assert sum(one["losses"][10:]) < sum(one["losses"][:10])
+    torch.testing.assert_close(results["2"]["muon_bf16"]["losses"], one["losses"], rtol=0.02, atol=0)
+
+
 @pytest.mark.parametrize("ranks", ["1", "2"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_rows_written_go_on_alike(results: Results, ranks: str, stage: str) -> None:
@@ -73,9 +84,10 @@ def test_bf16_is_near_fp32_and_the_same_at_all_stages(results: Results, ranks: s
 
 
 def test_resume_exactly_on_the_same_ranks_and_stage(results: Results, folder: Path) -> None:
-    sources = tuple(f"{folder}/2/{stage}/{SAVED}={stage}" for stage in STAGES)
+    stages = (*STAGES, "muon")
+    sources = tuple(f"{folder}/2/{stage}/{SAVED}={stage}" for stage in stages)
     resumed = run_program(folder, "native", 2, sources)
-    for stage, source in zip(STAGES, sources, strict=True):
+    for stage, source in zip(stages, sources, strict=True):
         torch.testing.assert_close(resumed[source]["losses"], results["2"][stage]["losses"][10:20], rtol=2e-7, atol=0)
 
 
@@ -84,10 +96,11 @@ PAIRS = [("zero0", "zero3"), ("zero1", "zero0"), ("zero2", "zero1"), ("zero3", "
 
 @pytest.mark.parametrize(("before", "now"), [(2, 1), (1, 2)])
 def test_resume_on_other_ranks_and_stages(results: Results, folder: Path, before: int, now: int) -> None:
-    sources = tuple(f"{folder}/{before}/{saved}/{SAVED}={stage}" for saved, stage in PAIRS)
+    sources = tuple(f"{folder}/{before}/{saved}/{SAVED}={stage}" for saved, stage in (*PAIRS, ("muon", "muon")))
     resumed = run_program(folder, f"{before}_to_{now}", now, sources)
     for source in sources:
-        torch.testing.assert_close(resumed[source]["losses"], results["1"]["zero0"]["losses"][10:20], rtol=2e-6, atol=0)
+        reference = "muon" if source.endswith("muon") else "zero0"
+        torch.testing.assert_close(resumed[source]["losses"], results["1"][reference]["losses"][10:20], rtol=5e-6, atol=0)
 
 
 @pytest.fixture(scope="module")

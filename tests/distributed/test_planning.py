@@ -18,6 +18,7 @@ BUCKET = 400_000  # numbers; the model has 300,000
 SMALL_BUCKET = 60_000
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "zero0": ({"stage": 0}, {"accumulation": 2}),
+    "zero0, Muon": ({"stage": 0}, {"accumulation": 1, "optimizer": "muon"}),
     "zero1": ({"stage": 1, "overlap_comm": True, "reduce_bucket_size": BUCKET}, {"accumulation": 1}),
     "zero1, full buckets": ({"stage": 1, "overlap_comm": True, "reduce_bucket_size": SMALL_BUCKET}, {"accumulation": 2}),
     "zero2": ({"stage": 2, "overlap_comm": True, "reduce_bucket_size": BUCKET}, {"accumulation": 2, "precision": "fp32"}),
@@ -39,6 +40,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[
         own = {"zero_force_ds_cpu_optimizer": False} if "offload_param" in zero else {}
         file.write_text(json.dumps({"zero_optimization": zero, **own}))
         train = {"batch": 2 * more["accumulation"], "micro_batch": 1, "precision": more.get("precision", "bf16"), "ds_config": str(file)}
+        train["optimizer"] = more.get("optimizer", "adamw")
         specification[label] = {"config": {"model": MODEL, "text": {"tokens": 4, "width": 16}, "train": train}, "lengths": [4]}
     (folder / "specification.json").write_text(json.dumps(specification))
     for code, output in run_ranks([PROGRAM, str(folder / "specification.json"), str(folder / "out.json")], 2):

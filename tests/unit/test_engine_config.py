@@ -7,14 +7,15 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
-from t2v_ds.config import TrainConfig
+from t2v_ds.config import TrainConfig, VQVAERunConfig
 from t2v_ds.errors import ConfigError
 from t2v_ds.training.distributed import connect
 from t2v_ds.training.ds_config import accumulation_steps, complete_ds_config, resolve_ds_config, zero_stage
 from t2v_ds.training.engine import Engine
-from t2v_ds.training.optimizer import learning_rate_at, parameter_groups
+from t2v_ds.training.optimizer import Muon, learning_rate_at, orthogonal, parameter_groups
 from tests.toy import Toy
 from tests.toy_transformer import make
 
@@ -60,7 +61,7 @@ def test_the_files_that_come_with_the_product(name: str, stage: int) -> None:
         ({"zero_optimisation": {}}, "unknown key 'zero_optimisation'.*did you mean 'zero_optimization'"),
         ({"gradient_clipping": 3.0}, "sets 'gradient_clipping' to 3.0 but the train settings make it 1.0"),
         ({"train_batch_size": 7}, "sets 'train_batch_size' to 7 but the train settings make it 8"),
-        ({"optimizer": {"type": "AdamW"}}, "sets 'optimizer'.*use train.learning_rate"),
+        ({"optimizer": {"type": "AdamW"}}, "sets 'optimizer'.*use train.optimizer, train.learning_rate"),
         ({"bf16": {"enabled": True}}, "sets 'bf16'.*use train.precision"),
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage"),
         ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, "compute_grad_norm"),
@@ -108,6 +109,62 @@ def test_learning_rate() -> None:
     assert math.isclose(learning_rate_at(104, train, 104), 0.1)
     constant = TrainConfig(learning_rate=1.0, schedule="constant", warmup_steps=0)
     assert {learning_rate_at(step, constant, 10) for step in (0, 5, 9)} == {1.0}
+
+
+def test_muon_needs_whole_matrices_and_has_some_to_move() -> None:
+    with pytest.raises(ConfigError, match=r"'train.optimizer' is 'muon'.* 'zero2' partitions them \(ZeRO stage 2\); allowed: .*zero0"):
+        complete_ds_config(TrainConfig(optimizer="muon", ds_config="zero2"), 1)
+    complete_ds_config(TrainConfig(optimizer="muon", ds_config="zero0"), 1)
+    with pytest.raises(ConfigError, match=r"'train.optimizer' is 'lion'; allowed: 'adamw' or 'muon'"):
+        TrainConfig(optimizer="lion")
+    with pytest.raises(ConfigError, match=r"'train.optimizer' is 'muon'; allowed: 'adamw' for the tokenizer"):
+        VQVAERunConfig(train=TrainConfig(optimizer="muon"))
+    with pytest.raises(ConfigError, match="this model has no layers"):
+        Muon(parameter_groups(nn.Linear(2, 2), 0.0, muon=True), TrainConfig(), None)
+
+
+def test_a_step_of_muon_has_the_size_of_one_of_adamw_and_turns_nothing() -> None:
+    """Each of the matrices in a weight moves along all of its directions alike; the rest moves as AdamW moves it."""
+    torch.manual_seed(0)
+    toy = Toy()
+    groups = parameter_groups(toy, 0.0, muon=True)
+    assert groups[0].pop("names") == ["body.0.weight", "body.3.weight"] and groups[0]["rows"] == [[6, 7], []]
+    optimizer = Muon(groups, TrainConfig(learning_rate=0.1, precision="fp32"), None)
+    before = {name: value.detach().clone() for name, value in toy.named_parameters()}
+    gradients = {name: torch.randn_like(value) for name, value in toy.named_parameters()}
+    for name, value in toy.named_parameters():
+        value.grad = gradients[name].clone()
+    optimizer.step()
+    moved = {name: (before[name] - value.detach()) / 0.1 for name, value in toy.named_parameters() if value.requires_grad}
+    for name, rows in (("body.0.weight", [6, 7]), ("body.3.weight", [7])):
+        for part, gradient in zip(moved[name].split(rows), gradients[name].split(rows), strict=True):
+            left, _, right = torch.linalg.svd(gradient, full_matrices=False)
+            seen = left.mT @ part @ right.mT / (0.2 * max(part.shape) ** 0.5)
+            torch.testing.assert_close(seen - seen.diag().diag(), torch.zeros_like(seen), rtol=0, atol=1e-4)
+            assert seen.diag().min() > 0 and seen.diag().max() < 2
+    torch.testing.assert_close(moved["codes"], gradients["codes"].sign(), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (48, 160), (160, 48)])
+def test_singular_values_are_brought_near_one(shape: tuple[int, int]) -> None:
+    torch.manual_seed(1)
+    left, _, right = torch.linalg.svd(torch.randn(2, *shape), full_matrices=False)
+    values = torch.logspace(-2, 0, min(shape)).expand(2, -1)
+    found = torch.linalg.svdvals(orthogonal(left @ values.diag_embed() @ right))
+    assert found.min() > 0.1 and found.max() < 2  # from 1 to 100
+    assert found.mean() == pytest.approx(1, abs=0.25)
+
+
+def test_a_kernel_is_a_matrix_at_each_of_its_places() -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(6, 4, 3, bias=False)
+    layer.hidden_matrices = {"": []}
+    optimizer = Muon(parameter_groups(nn.Sequential(layer, nn.Linear(2, 2)), 0.0, muon=True), TrainConfig(precision="fp32"), None)
+    before, layer.weight.grad = layer.weight.detach().clone(), torch.randn_like(layer.weight)
+    optimizer.step()
+    whole = (before - layer.weight.detach()).permute(2, 3, 0, 1).flatten(0, 1)  # [9, 4, 6]
+    alone = orthogonal(layer.weight.grad.permute(2, 3, 0, 1).flatten(0, 1)[4:5])
+    torch.testing.assert_close(whole[4:5], alone * 0.2 * 6**0.5 * TrainConfig().learning_rate, rtol=1e-3, atol=1e-7)
 
 
 def test_weight_decay_spares_biases_norms_and_embeddings() -> None:

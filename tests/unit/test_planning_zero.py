@@ -32,6 +32,13 @@ def test_stages_partition_one_thing_more_each() -> None:
     }
 
 
+def test_muon_keeps_one_moment_of_what_it_moves() -> None:
+    trace, zero = dataclasses.replace(TRACE, hidden=600), Zero.read(resolve_ds_config("zero0"))
+    both = {name: states_of(trace, zero, 4, 1, "bf16", False, name) for name in ("adamw", "muon")}
+    assert both["adamw"].moments - both["muon"].moments == 4 * 600
+    assert both["muon"].stepping == 4 * P + (4 + 2 * 2) * 600  # these are few enough to be moved together
+
+
 def test_one_rank_holds_all_at_every_stage() -> None:
     for name in ("zero1", "zero2", "zero3"):
         one = states(name, ranks=1)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from t2v_ds.config import TransformerRunConfig
 from t2v_ds.errors import ConfigError
 from t2v_ds.training.ds_config import complete_ds_config
-from t2v_ds.training.planning.planner import STAGES, TILE, Memory, Plan, Planner
+from t2v_ds.training.planning.planner import TILE, Memory, Plan, Planner, stages_for
 from t2v_ds.training.planning.work import RunConfig
 from t2v_ds.training.planning.zero import Zero
 
@@ -71,7 +71,7 @@ def gentle_moves(plan: Plan) -> list[Move]:
     smaller = sorted({size for size in range(1, plan.work.micro) if plan.work.micro % size == 0}, reverse=True)
     for size in dict.fromkeys([*smaller[:1], *smaller[-1:]]):
         setting("micro-batch", "train", "micro_batch", size)
-    for name in STAGES:  # also lower ones: a small model takes less than the buckets of stages 1 and 2
+    for name in stages_for(run.train):  # also lower ones: a small model takes less than the buckets of stages 1 and 2
         if name != run.train.ds_config:
             setting("stage", "train", "ds_config", name)
     if zero.stage and zero.bucket > BUCKET:

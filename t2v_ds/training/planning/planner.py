@@ -26,6 +26,11 @@ TILE = 4096  # positions of a loss_tile where one is tried
 STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
 
 
+def stages_for(train: TrainConfig) -> tuple[str, ...]:
+    """Our DeepSpeed files with which the run's optimizer works."""
+    return STAGES if train.optimizer == "adamw" else STAGES[:1]
+
+
 @dataclass
 class Memory:
     """Of one GPU (or process), in bytes."""
@@ -143,7 +148,7 @@ class Planner:
     def memory(self, train: TrainConfig, trace: Trace, zero: Zero, accumulation: int) -> Memory:
         """Memory at a ZeRO stage."""
         on_cpu = self.config.accelerator == "cpu"
-        states = states_of(trace, zero, self.config.gpus, accumulation, train.precision, on_cpu)
+        states = states_of(trace, zero, self.config.gpus, accumulation, train.precision, on_cpu, train.optimizer)
         phases = states.peaks(trace)
         if on_cpu:  # there is no other memory to move anything to
             phases = {name: size + states.host + states.host_stepping * (name == "optimizer step") for name, size in phases.items()}
@@ -169,7 +174,7 @@ class Planner:
     def _by_stage(self, plan: Plan) -> dict[str, Memory]:
         """Memory of the same run with each of our DeepSpeed files."""
         found = {}
-        for name in dict.fromkeys([*STAGES, plan.run.train.ds_config]):
+        for name in dict.fromkeys([*stages_for(plan.run.train), plan.run.train.ds_config]):
             train = dataclasses.replace(plan.run.train, ds_config=name)
             zero = Zero.read(complete_ds_config(train, self.config.gpus))
             found[name] = self.memory(train, plan.trace, zero, plan.work.accumulation)
@@ -202,7 +207,7 @@ class Planner:
         layers = run.model.layers if isinstance(run, TransformerRunConfig) else 0
         share = self.config.gpus if run.train.ds_config != "zero0" else 1
         passes = timing.passes(layers) * (cost.flops + cost.again_flops) / (self.config.gpus * flops)
-        return passes + timing.step(trace.total_parameters) / share
+        return passes + timing.step(trace.hidden if run.train.optimizer == "muon" else trace.total_parameters) / share
 
     def _timing(self, run: RunConfig, work: Work) -> tuple[Timing, float]:
         """The timing of a micro-batch of clips of mean length, and its FLOPs."""
@@ -211,7 +216,7 @@ class Planner:
         else:
             lengths = [max(1, round(work.mean_frames))] * work.micro
             trace, timed = self.trace(run, lengths), lambda: time_transformer(run, lengths, self._peak)
-        key = repr([run.model, run.train.precision, work.micro])
+        key = repr([run.model, run.train.precision, run.train.optimizer, work.micro])
         if key not in self._timings:
             self._timings[key] = timed()
         return self._timings[key], trace.flops + trace.again_flops

@@ -3,6 +3,7 @@
     engine with the run's sizes, 2 layers -> forward, backward, step, a few times -> median seconds
         of each layer (both ways) | of the rest (inputs, head, loss) | of the optimizer's step
     seconds of the run's step = rest + each of its layers + optimizer x parameters / parameters of two layers
+                                                            (of Muon, which takes most of its time for them: hidden matrices alone)
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from t2v_ds.training.distributed import Collectives, connect
 from t2v_ds.training.engine import Engine
 from t2v_ds.training.loop import Objective
 from t2v_ds.training.objectives import TransformerObjective
+from t2v_ds.training.optimizer import parameter_groups
 from t2v_ds.training.planning.subject import (
     stand_in_tokenizer,
     transformer_batch,
@@ -43,14 +45,14 @@ class Timing:
     layers: tuple[float, ...]  # of each kind of layer, forward and backward
     rest: float  # of the micro-batch's forward and backward pass
     optimizer: float  # of the optimizer's step
-    parameters: int  # of the model that was timed
+    parameters: int  # of the model that was timed; with Muon those of hidden matrices
 
     def passes(self, layers: int) -> float:
         """Forward and backward pass of a micro-batch through so many layers."""
         return self.rest + sum(self.layers[index % len(self.layers)] for index in range(layers) if self.layers)
 
     def step(self, parameters: int) -> float:
-        """The optimizer's step over so many parameters."""
+        """The optimizer's step over so many of `parameters`."""
         return self.optimizer * parameters / self.parameters
 
 
@@ -108,7 +110,9 @@ def time_transformer(run: TransformerRunConfig, lengths: Sequence[int], peak: Ca
     batch = transformer_batch(small, lengths)
     layers, rest, optimizer = _time(objective, batch, small.train, collectives)
     kinds = layers if run.model.attention == "factorised" else (statistics.fmean(layers),)
-    return Timing(kinds, rest, optimizer, sum(p.numel() for p in objective.parameters()))
+    groups = parameter_groups(objective, 0.0, muon=run.train.optimizer == "muon")
+    moved = groups[:1] if run.train.optimizer == "muon" else groups
+    return Timing(kinds, rest, optimizer, sum(p.numel() for group in moved for p in group["params"]))
 
 
 def time_vqvae(run: VQVAERunConfig, clips: int, peak: Callable[[VQVAERunConfig], int]) -> Timing:

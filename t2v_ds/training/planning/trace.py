@@ -57,6 +57,7 @@ class Trace:
     flops: float  # of forward and backward without what is computed again, causal attention counted as the half that it computes
     attention_flops: float  # of these
     again_flops: float  # of what checkpointing computes again
+    hidden: int = 0  # numbers of the matrices that Muon moves
 
     @property
     def total_parameters(self) -> int:
@@ -206,8 +207,9 @@ def trace_step(
     del recorder.peaks["build"]
     peaks = {name: Peak(peak.total - before, peak.work - before, peak.gradients) for name, peak in recorder.peaks.items()}
     groups = tuple(sum(p.numel() for p in group["params"]) for group in parameter_groups(objective, 1.0))
+    hidden = sum(p.numel() for group in parameter_groups(objective, 1.0, muon=True) if "rows" in group for p in group["params"])
     largest = max(p.numel() for p in parameters)
     return Trace(
         count_parts(objective), groups, low_precision_size(objective, precision), largest, frozen, brought, saved, peaks,
-        recorder.flops, recorder.attention, recorder.again,
+        recorder.flops, recorder.attention, recorder.again, hidden,
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """What DeepSpeed holds beside the activations, by ZeRO stage: bytes on each GPU and in the machine's memory.
 
     P numbers, N ranks       weights  fp32 masters  Adam's moments  gradients between micro-batches
-    stage 0                  4P       -             8P              4P
+    stage 0                  4P       -             8P              4P             with Muon 4 bytes less of each number that it moves
     stage 1                  4P       4P/N          8P/N            4P
     stage 2                  4P       4P/N          8P/N            4P/N
     stage 3                  4P/N     4P/N          8P/N            4P/N     + weights gathered while they are used
@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from t2v_ds.training.optimizer import AT_A_TIME
 from t2v_ds.training.planning.trace import Trace
 
 FP32, BF16 = 4, 2
@@ -88,11 +89,14 @@ class States:
         return work
 
 
-def states_of(trace: Trace, zero: Zero, ranks: int, accumulation: int, precision: str, on_cpu: bool) -> States:
+def states_of(
+    trace: Trace, zero: Zero, ranks: int, accumulation: int, precision: str, on_cpu: bool, optimizer: str = "adamw"
+) -> States:  # fmt: skip
     """What each of `ranks` holds; `accumulation`: micro-batches a step; `on_cpu`: of memory that is only reserved, nothing counts."""
     size = trace.total_parameters
     if zero.stage == 0:
-        return _without_partitions(trace, zero, accumulation, on_cpu)
+        hidden = trace.hidden if optimizer == "muon" else 0
+        return _without_partitions(trace, zero, accumulation, on_cpu, hidden, BF16 if precision == "bf16" else FP32)
     # Partitions are aligned to an even number of elements a rank.
     share = FP32 * sum(-(-group // (2 * ranks)) * 2 for group in trace.groups)
     states = States(
@@ -123,12 +127,15 @@ def states_of(trace: Trace, zero: Zero, ranks: int, accumulation: int, precision
     return states
 
 
-def _without_partitions(trace: Trace, zero: Zero, accumulation: int, on_cpu: bool) -> States:
+def _without_partitions(trace: Trace, zero: Zero, accumulation: int, on_cpu: bool, hidden: int, computed: int) -> States:
+    """`hidden`: numbers of the matrices of which Muon keeps one moment, and that it moves some at a time, computing in so many bytes."""
     size = FP32 * trace.total_parameters
     held = size * (accumulation > 1)
-    step = 0 if on_cpu else size  # a temporary of all parameters together, where AdamW is not fused
+    step = 0 if on_cpu else size - FP32 * hidden  # a temporary of all parameters together, where AdamW is not fused
+    if hidden:
+        step = max(step, (FP32 + 2 * computed) * min(hidden, max(AT_A_TIME, trace.largest)))
     return States(
-        weights=size, moments=2 * size, gradients=held, apart=accumulation > 1,
+        weights=size, moments=2 * size - FP32 * hidden, gradients=held, apart=accumulation > 1,
         reducing=size + FP32 * min(zero.bucket, trace.total_parameters), stepping=size + step,
     )  # fmt: skip
 
