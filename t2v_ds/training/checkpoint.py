@@ -65,6 +65,7 @@ ADDED = {
     "train.optimizer": "adamw",
     "train.sequence_parallel": 1,
     "context_confusion": 0.0,
+    "still_share": 0.0,
     "model.head_ratio": 0,
 }
 
