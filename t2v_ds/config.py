@@ -440,8 +440,7 @@ class TransformerRunConfig:
     tokenizer: str = ""  # empty: the one kept with the token shards
     seed: int = 0
     caption_dropout: float = 0.1  # share of captions replaced by the empty one, for guidance
-    still_share: float = 0.0  # share of samples that are one frame of a clip: the cheapest practice in drawing
-    excerpt_share: float = 0.0  # share of the others that are a short excerpt of a clip: cheap practice in drawing and moving
+    excerpt_share: float = 0.0  # share of samples that are a short excerpt of a clip: cheap practice in drawing and moving
     excerpt_frames: int = 4
     mask: str = "frame"  # decoding "frame": order of positions: another in each "frame", or the same in all of a clip, a "tube"
     context_noise: float = 0.0  # up to this share of the codes that the model is fed are replaced by random ones, against drift
@@ -457,7 +456,6 @@ class TransformerRunConfig:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", self.seed, ">= 0")
-        require(0 <= self.still_share < 1, "still_share", self.still_share, "0 to below 1")
         require(0 <= self.excerpt_share < 1, "excerpt_share", self.excerpt_share, "0 to below 1")
         require(self.excerpt_frames >= 1, "excerpt_frames", self.excerpt_frames, ">= 1")
         require(0 <= self.caption_dropout < 1, "caption_dropout", self.caption_dropout, "0 to below 1")

@@ -65,7 +65,6 @@ ADDED = {
     "train.optimizer": "adamw",
     "train.sequence_parallel": 1,
     "context_confusion": 0.0,
-    "still_share": 0.0,
     "model.head_ratio": 0,
 }
 

@@ -35,6 +35,7 @@ from t2v_ds.errors import CheckpointError, ConfigError, UserError
 from t2v_ds.files import FULL, code_digest, remove_folder, write_atomically
 from t2v_ds.training import checkpoint, health
 from t2v_ds.training.distributed import Collectives, connect
+from t2v_ds.training.ds_config import complete_ds_config
 from t2v_ds.training.engine import Engine
 from t2v_ds.training.metrics import METRICS_FILE, Window, append_metrics, last_metrics, sync_file, truncate_metrics
 from t2v_ds.training.monitor import Monitor
@@ -140,11 +141,12 @@ def train(
     Raises:
         CheckpointError: a damaged checkpoint, or one made with other settings; a run finished on other data.
         DataError: the data has changed since the checkpoint; says what.
-        ConfigError: settings that do not fit one another, or `run` cannot be written.
+        ConfigError: settings or a DeepSpeed file that do not fit, or `run` cannot be written.
         UserError: losses stay non-finite.
         StopRequested: a stop signal came; the checkpoint is saved. A `SystemExit` with code 0.
     """
     collectives = connect()
+    complete_ds_config(train, collectives.world_size)  # a file that does not fit is told of before anything is written
     steps = total_steps(train, len(stream.dataset))
     finished = _prepare_folder(run, config, stream.dataset, steps, resume, accept_new_data, collectives)
     if finished is not None:

@@ -49,14 +49,13 @@ def vary(codes: np.ndarray, rng: np.random.Generator, config: TransformerRunConf
     """Make a clip [T, h, w] into a sample; `alike`: what `lookalikes` returns, for `context_confusion`.
 
     Without captions the model learns clips as such, for guidance. Most of what a clip shows is settled by its first
-    frame and by how one frame follows from another; excerpts are cheap practice in both, and stills in the first (compare the
-    joint training on images and video of Ho et al. 2022).
+    frame and by how one frame follows from another; excerpts are cheap practice in both (compare the joint training on
+    images and video of Ho et al. 2022).
     """
     start = -1
     has_caption = bool(rng.random() >= config.caption_dropout)
-    still = config.still_share > 0 and rng.random() < config.still_share
-    if still or rng.random() < config.excerpt_share:
-        frames = 1 if still else min(config.excerpt_frames, len(codes))
+    if rng.random() < config.excerpt_share:
+        frames = min(config.excerpt_frames, len(codes))
         start = int(rng.integers(len(codes) - frames + 1))
         codes = codes[start : start + frames]
     model = config.model

@@ -185,6 +185,14 @@ def test_a_cut_shard_is_noticed_before_the_first_step(trained: Trained, tmp_path
     assert not run.exists()
 
 
+def test_muon_beside_a_stage_that_cuts_matrices_is_refused(trained: Trained, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    training = ("train-transformer", "--config", trained.transformer_config, "--data", trained.tokens, "--out", run)
+    sentence = said(t2v(*training, "train.optimizer=muon", "train.ds_config=zero1"))
+    assert "'zero1' partitions them (ZeRO stage 1); allowed: train.ds_config=zero0, or train.optimizer=adamw" in sentence
+    assert not run.exists()
+
+
 def test_another_tokenizer_is_refused_by_both_ids(trained: Trained, tmp_path: Path) -> None:
     own = load_tokenizer(trained.tokenizer)
     state = own.model.state_dict()

@@ -34,7 +34,10 @@ TRANSFORMER: dict[str, Any] = {
     "sample_prompts": ["a red circle moves right"],
     "model": {"width": 16, "layers": 1, "heads": 2, "group": 2, "dropout": 0.1},
     "text": {"tokens": 12, "width": 16},
-    "train": {"steps": 24, "batch": 4, "save_every": 5, "log_every": 2, "visual_every": 7, "warmup_steps": 2},
+    "train": {
+        "steps": 24, "batch": 4, "save_every": 5, "log_every": 2, "visual_every": 7, "warmup_steps": 2, "optimizer": "muon",
+        "ds_config": "zero0",
+    },
 }
 DEMO: dict[str, Any] = {
     "prepare": {"clips": 64, "image_size": 16, "max_frames": 17, "shard_clips": 8, "chunk_clips": 32, "workers": 1},

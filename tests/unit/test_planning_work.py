@@ -115,8 +115,6 @@ def test_the_largest_micro_batch_is_of_whole_clips_unless_that_never_happens() -
     drawn = np.random.default_rng(0).binomial(16, 0.15, size=(200, 1000)).max(1)  # the most whole clips of each of 200 runs
     assert lengths.count(40) == pytest.approx(np.median(drawn), abs=1)
     assert lengths.count(40) + lengths.count(4) == 16
-    stills = largest_micro_batch(work, dataclasses.replace(run, still_share=0.85), 1)
-    assert stills.count(40) == lengths.count(40) and stills.count(1) == 16 - lengths.count(40)
 
 
 def test_the_mean_cost_is_that_of_all_lengths() -> None:
@@ -128,8 +126,6 @@ def test_the_mean_cost_is_that_of_all_lengths() -> None:
     assert mean_over_clips(work, run, cost) == pytest.approx(exact)
     excerpts = dataclasses.replace(run, excerpt_share=0.25, excerpt_frames=4)
     assert mean_over_clips(work, excerpts, cost) == pytest.approx(0.75 * exact + 0.25 * cost(4))
-    stills = dataclasses.replace(excerpts, still_share=0.4)
-    assert mean_over_clips(work, stills, cost) == pytest.approx(0.6 * (0.75 * exact + 0.25 * cost(4)) + 0.4 * cost(1))
 
 
 def test_a_recipe_is_of_the_model_that_knows_its_settings(tmp_path: Path) -> None:

@@ -48,15 +48,6 @@ def test_captions_excerpts_and_last_frames_come_as_often_as_set() -> None:
     assert samples(1)[0].last_given is None
 
 
-def test_stills_come_as_often_as_set_and_leave_the_other_shares_alone() -> None:
-    found = samples(still_share=0.3, excerpt_share=0.4, excerpt_frames=3, last_frame_share=0.5)
-    stills, others = ([one for one in found if (len(one.codes) == 1) == still] for still in (True, False))
-    assert len(stills) / len(found) == pytest.approx(0.3, abs=0.08)
-    assert {one.start for one in stills} == set(range(10))
-    assert all(np.array_equal(one.codes, codes()[one.start : one.start + 1]) and one.last_given is False for one in stills)
-    assert np.mean([one.start >= 0 for one in others]) == pytest.approx(0.4, abs=0.08)
-
-
 def test_passes_are_those_of_drawing_and_a_tube_is_the_same_in_all_frames() -> None:
     for mask in ("tube", "frame"):
         found, counts = samples(mask=mask), []

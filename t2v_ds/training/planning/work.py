@@ -118,13 +118,13 @@ def largest_micro_batch(work: Work, run: TransformerRunConfig, ranks: int) -> li
     Of samples that are excerpts with a fixed chance, so many whole ones are drawn that more are expected in less than one
     micro-batch of the whole run.
     """
-    whole, share = work.micro, (1 - run.still_share) * (1 - run.excerpt_share)
-    if share < 1:
+    whole = work.micro
+    if run.excerpt_share:
         from scipy.stats import binom
 
         batches = max(1, work.steps or 10_000) * work.accumulation * ranks
-        whole = int(binom.isf(1 / (batches + 1), work.micro, share))
-    short = min(run.excerpt_frames, work.longest) if run.excerpt_share else 1
+        whole = int(binom.isf(1 / (batches + 1), work.micro, 1 - run.excerpt_share))
+    short = min(run.excerpt_frames, work.longest)
     return [work.longest] * whole + [short] * (work.micro - whole)
 
 
@@ -140,7 +140,7 @@ def mean_over_clips(work: Work, run: TransformerRunConfig, of_length: Callable[[
     costs = np.array([of_length(int(length)) for length in asked])
     fit = np.polynomial.Polynomial.fit(asked, costs, len(asked) - 1)
     whole = float((fit(lengths) * counts).sum() / counts.sum())
-    mean = whole
-    if run.excerpt_share:
-        mean += run.excerpt_share * (of_length(min(run.excerpt_frames, int(lengths[0]))) - whole)
-    return mean + run.still_share * (of_length(1) - mean) if run.still_share else mean
+    if not run.excerpt_share:
+        return whole
+    excerpt = of_length(min(run.excerpt_frames, int(lengths[0])))
+    return (1 - run.excerpt_share) * whole + run.excerpt_share * excerpt
