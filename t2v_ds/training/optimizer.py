@@ -90,7 +90,7 @@ class Muon(torch.optim.Optimizer):
         self._share()
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self) -> None:  # type: ignore[override]  # torch's also takes a closure that computes the loss, of which we have none
         """Move the weights."""
         group, waiting = self.param_groups[0], defaultdict[torch.Size, list[tuple[Tensor, Tensor]]](list)
         for parameter, rows in zip(group["params"], group["rows"], strict=True):
